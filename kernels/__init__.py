@@ -1,0 +1,1 @@
+"""Kernel families; import them as `foveate.kernels.<family>`."""

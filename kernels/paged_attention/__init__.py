@@ -1,0 +1,82 @@
+"""Attention over a tree of paged KV segments: `store_kv`, `prefill`, `decode`.
+
+KV pool of one layer: keys and values, each float [pages, page_size, kv_heads, head_dim], contiguous.
+Grouped-query attention: query head h reads KV head h // (heads // kv_heads).
+
+    attention(q_r) = sum over the visits of r, in depth order, of softmax-weighted values,
+    partial (out, lse) pairs merged as  lse = log(e^a + e^b),  out = e^(a - lse) out_a + e^(b - lse) out_b
+
+Source of the merge: Milakov & Gimelshein, arXiv 1805.02867 (online softmax); shared prefixes: Hydragen,
+arXiv 2402.05099.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from foveate.kernels.dispatch import choose
+from foveate.kernels.paged_attention import reference
+from foveate.kernels.paged_attention.plan import StepPlan
+
+__all__ = ["StepPlan", "decode", "prefill", "store_kv"]
+
+
+def store_kv(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    plan: StepPlan,
+    *,
+    backend: str | None = None,
+) -> None:
+    """Writes row r of keys and values (float [T, kv_heads, head_dim]) to pool slot `plan.slots[r]`, in place."""
+    _check(keys, key_pool, plan, "keys")
+    _check(values, value_pool, plan, "values")
+    choose("paged_attention", backend)
+    reference.store_kv(keys, values, key_pool, value_pool, plan)
+
+
+def prefill(
+    queries: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    plan: StepPlan,
+    *,
+    scale: float,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention of prompt tokens, whose own segment is read causally.
+
+    queries: float [T, heads, head_dim]. Returns float [T, heads, head_dim] in the dtype of queries; scores
+    and sums are float32. Raises ValueError on shapes that do not fit.
+    """
+    _check(queries, key_pool, plan, "queries")
+    choose("paged_attention", backend)
+    return reference.attend(queries, key_pool, value_pool, plan, scale)
+
+
+def decode(
+    queries: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    plan: StepPlan,
+    *,
+    scale: float,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Attention of one new token a sequence; a shared segment is read once for all rows below it.
+
+    Arguments, result and errors as `prefill`.
+    """
+    return prefill(queries, key_pool, value_pool, plan, scale=scale, backend=backend)
+
+
+def _check(rows: torch.Tensor, pool: torch.Tensor, plan: StepPlan, argument: str) -> None:
+    if rows.dim() != 3 or rows.shape[0] != plan.num_rows or rows.shape[2] != pool.shape[-1]:
+        expected = f"[{plan.num_rows}, heads, {pool.shape[-1]}]"
+        raise ValueError(f"expected {expected}, got {list(rows.shape)} ({argument})")
+    if pool.dim() != 4 or pool.shape[1] != plan.page_size:
+        raise ValueError(f"expected [pages, {plan.page_size}, kv_heads, head_dim], got {list(pool.shape)} (pool)")
+    if argument == "queries" and rows.shape[1] % pool.shape[2]:
+        raise ValueError(f"expected heads a multiple of {pool.shape[2]}, got {rows.shape[1]} (queries)")

@@ -1,0 +1,174 @@
+"""Plain torch attention over KV segments: the definition of correct, and the CPU backend.
+
+Visits of one depth and similar size are computed together, padded to a rectangle; the padded keys are
+copies of valid ones and masked, so that nothing unwritten is ever read. Queries are tiled so that a tile
+of scores stays in cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from foveate.kernels.paged_attention.plan import StepPlan
+
+SCORE_TILE = 1 << 20  # float32 scores alive at once, about what a core's cache holds
+MAX_BATCH_TOKENS = 1 << 15  # padded KV tokens gathered at once
+
+
+@dataclass
+class Batch:
+    """Visits of one depth, padded: S segments, M rows and L keys each."""
+
+    rows: torch.Tensor  # int64 [S, M]
+    slots: torch.Tensor | slice  # int64 [S, L], or the one run of slots when S = 1 and its pages are adjacent
+    kv_len: torch.Tensor | None  # int64 [S, 1] where keys are padded
+    causal: bool
+    first: bool  # depth 0: there is nothing to merge with
+    scatter: torch.Tensor | None  # bool [S, M] where rows are padded
+
+    @property
+    def num_keys(self) -> int:
+        return self.slots.stop - self.slots.start if isinstance(self.slots, slice) else self.slots.shape[1]
+
+
+def store_kv(keys, values, key_pool, value_pool, plan: StepPlan) -> None:
+    """See `foveate.kernels.paged_attention.store_kv`."""
+    key_pool.view(-1, *key_pool.shape[2:]).index_copy_(0, plan.slots, keys)
+    value_pool.view(-1, *value_pool.shape[2:]).index_copy_(0, plan.slots, values)
+
+
+def attend(queries, key_pool, value_pool, plan: StepPlan, scale: float) -> torch.Tensor:
+    """See `foveate.kernels.paged_attention.prefill`."""
+    if plan.prepared is None:
+        plan.prepared = prepare(plan, queries.device)
+    num_rows, num_heads, head_dim = queries.shape
+    keys = key_pool.view(-1, *key_pool.shape[2:])  # [slots, kv_heads, head_dim]
+    values = value_pool.view(-1, *value_pool.shape[2:])
+    out = queries.new_zeros(num_rows, num_heads, head_dim, dtype=torch.float32)
+    lse = queries.new_full((num_rows, num_heads), -torch.inf, dtype=torch.float32)
+    scaled = queries.float() * scale
+    for batch in plan.prepared:
+        k, v = keys[batch.slots], values[batch.slots]  # [S, L, kv_heads, head_dim]
+        if isinstance(batch.slots, slice):
+            k, v = k[None], v[None]
+        part, part_lse = _partial(scaled[batch.rows], k.float(), v.float(), batch)
+        rows = batch.rows.flatten()
+        if batch.scatter is not None:
+            real = batch.scatter.flatten()
+            rows, part, part_lse = rows[real], part[real], part_lse[real]
+        if not batch.first:
+            part, part_lse = merge(out[rows], lse[rows], part, part_lse)
+        out[rows], lse[rows] = part, part_lse
+    return out.to(queries.dtype)
+
+
+def merge(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two partial attentions over disjoint keys -> one. out: float32 [N, heads, head_dim], lse: [N, heads]."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    weight_a, weight_b = (lse_a - lse).exp()[..., None], (lse_b - lse).exp()[..., None]
+    return out_a * weight_a + out_b * weight_b, lse
+
+
+def _partial(q, k, v, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """q: [S, M, heads, head_dim], scaled; k, v: [S, L, kv_heads, head_dim] -> out [S*M, heads, head_dim], lse."""
+    num_segments, num_rows, num_heads, head_dim = q.shape
+    kv_heads, group = k.shape[2], num_heads // k.shape[2]
+    q = q.view(num_segments, num_rows, kv_heads, group, head_dim).permute(0, 2, 1, 3, 4)
+    k, v = (
+        k.permute(0, 2, 3, 1),
+        v.permute(0, 2, 1, 3),
+    )  # [S, kv_heads, head_dim, L], [S, kv_heads, L, head_dim]
+    out = q.new_empty(num_segments, num_rows, kv_heads, group, head_dim)
+    lse = q.new_empty(num_segments, num_rows, kv_heads, group)
+    tile = max(1, SCORE_TILE // (num_segments * num_heads * batch.num_keys))
+    for start in range(0, num_rows, tile):
+        stop = min(start + tile, num_rows)
+        seen = batch.num_keys - num_rows + stop if batch.causal else batch.num_keys
+        rows = q[:, :, start:stop].reshape(num_segments, kv_heads, -1, head_dim)
+        scores = torch.matmul(rows, k[..., :seen])  # [S, kv_heads, tile * group, seen]
+        _mask(scores.view(num_segments, kv_heads, stop - start, group, seen), batch, start, num_rows)
+        top = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        part = torch.matmul(weights, v[:, :, :seen]).div_(total)
+        shape = (num_segments, kv_heads, stop - start, group)
+        out[:, start:stop] = part.view(*shape, head_dim).transpose(1, 2)
+        lse[:, start:stop] = (total.log_() + top).view(shape).transpose(1, 2)
+    return out.view(-1, num_heads, head_dim), lse.view(-1, num_heads)
+
+
+def _mask(scores, batch: Batch, start: int, num_rows: int) -> None:
+    """Sets the scores of keys a row must not see to -inf; scores: [S, kv_heads, rows, group, seen]."""
+    device, seen = scores.device, scores.shape[-1]
+    if batch.causal and scores.shape[2] > 1:
+        last = torch.arange(start, start + scores.shape[2], device=device) + batch.num_keys - num_rows
+        hidden = torch.arange(seen, device=device) > last[:, None]  # [rows, seen]
+        scores.masked_fill_(hidden[None, None, :, None], -torch.inf)
+    if batch.kv_len is not None:
+        padded = torch.arange(seen, device=device) >= batch.kv_len  # [S, seen]
+        scores.masked_fill_(padded[:, None, None, None], -torch.inf)
+
+
+def prepare(plan: StepPlan, device: torch.device) -> list[Batch]:
+    """Groups the visits of a plan into padded batches, in depth order."""
+    num_rows = np.diff(plan.visit_row_offsets)
+    buckets: dict[tuple, list[int]] = {}
+    for visit in range(plan.num_visits):
+        kv_len, rows, causal = (
+            int(plan.visit_kv_len[visit]),
+            int(num_rows[visit]),
+            bool(plan.visit_causal[visit]),
+        )
+        if rows == 0 or kv_len == 0:
+            continue
+        causal &= rows > 1
+        # A causal batch is never padded: its mask is one triangle for all.
+        size = (kv_len, rows) if causal else (_ceil_pow2(kv_len), _ceil_pow2(rows))
+        buckets.setdefault((int(plan.visit_depth[visit]), causal, *size), []).append(visit)
+    batches = []
+    for (depth, causal, kv_len, _), visits in sorted(buckets.items()):
+        limit = max(1, MAX_BATCH_TOKENS // kv_len)
+        for i in range(0, len(visits), limit):
+            batches.append(_batch(plan, visits[i : i + limit], causal, depth == 0, device))
+    return batches
+
+
+def _batch(plan: StepPlan, visits: list[int], causal: bool, first: bool, device: torch.device) -> Batch:
+    kv_len = plan.visit_kv_len[visits].astype(np.int64)
+    counts = np.diff(plan.visit_row_offsets)[visits]
+    rows = np.empty((len(visits), counts.max()), np.int64)
+    for i, visit in enumerate(visits):
+        rows[i] = plan.rows_of(visit)[0]
+        rows[i, : counts[i]] = plan.rows_of(visit)
+    even_rows, even_keys = bool((counts == counts[0]).all()), bool((kv_len == kv_len[0]).all())
+    real = None if even_rows else torch.from_numpy(np.arange(rows.shape[1]) < counts[:, None]).to(device)
+    return Batch(
+        rows=torch.from_numpy(rows).to(device),
+        slots=_slots(plan, visits, kv_len, device),
+        kv_len=None if even_keys else torch.from_numpy(kv_len[:, None]).to(device),
+        causal=causal,
+        first=first,
+        scatter=real,
+    )
+
+
+def _slots(plan: StepPlan, visits: list[int], kv_len: np.ndarray, device: torch.device) -> torch.Tensor | slice:
+    size = plan.page_size
+    if len(visits) == 1:
+        pages = plan.pages_of(visits[0])
+        if (np.diff(pages) == 1).all():
+            start = int(pages[0]) * size
+            return slice(start, start + int(kv_len[0]))
+    slots = np.empty((len(visits), kv_len.max()), np.int64)
+    for i, visit in enumerate(visits):
+        # Tokens past the end repeat the last one: masked, but never unwritten memory.
+        token = np.minimum(np.arange(slots.shape[1]), kv_len[i] - 1)
+        slots[i] = plan.pages_of(visit)[token // size].astype(np.int64) * size + token % size
+    return torch.from_numpy(slots).to(device)
+
+
+def _ceil_pow2(n: int) -> int:
+    return 1 << (n - 1).bit_length()

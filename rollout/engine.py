@@ -1,0 +1,310 @@
+"""The engine: requests in, groups of rollouts out, on the trainer's own parameters."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import nn
+
+from foveate.kernels.dispatch import choose
+from foveate.rollout import models, output
+from foveate.rollout.config import EngineConfig
+from foveate.rollout.intake import Intake
+from foveate.rollout.models.weights import Weights
+from foveate.rollout.pages import PagePool
+from foveate.rollout.processor import PromptProcessor, load_processor
+from foveate.rollout.progress import track
+from foveate.rollout.runner import Runner
+from foveate.rollout.scheduler import Group, Scheduler
+from foveate.rollout.segments import SegmentTree
+from foveate.rollout.types import Request, RolloutGroup
+
+CPU_KV_MEMORY = 1 << 30  # bytes
+
+NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+
+
+class RequestError(ValueError):
+    """Raised by `generate(strict=True)` after all requests have ended; `groups` holds every group."""
+
+    def __init__(self, message: str, groups: list[RolloutGroup]):
+        super().__init__(message)
+        self.groups = groups
+
+
+class Engine:
+    """Completes each request n times over one copy of its prompt, with exact log-probs.
+
+    model: a transformers causal language model of a family in `foveate.rollout.models.FAMILIES`. The engine
+    reads its parameters in place (`shares_weights`): after an in-place optimiser step `update_weights()` is
+    all there is to do. processor: anything with `.tokenizer` and `.image_processor`, or a bare tokenizer, or
+    None for token-id prompts. Raises ValueError, naming the module, for a model it cannot share. Not
+    thread-safe. Touches no process-global state.
+    """
+
+    def __init__(self, model: nn.Module, processor: Any = None, config: EngineConfig | None = None):
+        self.config = config or EngineConfig()
+        for name in ("prune", "deterministic"):
+            if getattr(self.config, name):
+                raise NotImplementedError(f"EngineConfig.{name} comes with a later release")
+        choose("paged_attention", self.config.backend)
+        self.model = model
+        self.spec = models.describe(model)
+        device = self.spec.lm_head.weight.device
+        if self.config.device is not None and torch.device(self.config.device) != device:
+            raise ValueError(f"expected the model's device {device}, got {self.config.device} (device)")
+        self._weights = Weights(self.spec, self.config.dtype, self.config.fuse)
+        self.weight_version = 0
+        self.vision_version = 0
+        self.num_requests = 0  # added so far: the seed of a request that brings none depends on it
+        pool = PagePool(self._num_pages(device))
+        self._tree = SegmentTree(pool, self.config.page_size)
+        self._scheduler = Scheduler(self.config, self._tree)
+        self._runner = Runner(self.spec, self._weights, self.config, pool.num_pages)
+        self._processor = PromptProcessor(processor, self.spec.vision, self.spec.vocab_size)
+        self._intake = Intake(self.config, self.spec, self._processor)
+        self._groups: dict[str, Group] = {}  # unfinished, by request id
+        self._outbox: deque[RolloutGroup] = deque()  # finished, not handed out yet
+        self._counts = dict.fromkeys(("finished", "failed", "prefilled_tokens", "tokens", "steps"), 0)
+        self._seconds = 0.0
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None, **model_kwargs: Any) -> Engine:
+        """Loads model, tokenizer and image processor with transformers; weights from safetensors only."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+        has_vision = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+        auto = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+        model = auto.from_pretrained(path, use_safetensors=True, **model_kwargs)
+        return cls(model.eval(), load_processor(path, has_vision), config)
+
+    @property
+    def shares_weights(self) -> bool:
+        """True if the engine computes with the module's own parameters, False if with a shadow copy."""
+        return self._weights.shares
+
+    @property
+    def has_unfinished(self) -> bool:
+        """True while a request is waiting or running, or a finished group was not handed out yet."""
+        return self._scheduler.has_unfinished or bool(self._outbox)
+
+    def generate(
+        self, requests: Iterable[Request], *, strict: bool = False, progress: bool | None = None
+    ) -> list[RolloutGroup]:
+        """Runs all requests and returns their groups in request order.
+
+        A request that fails has `error` set in its group; the others are unaffected. strict: raise
+        `RequestError` once all have ended. progress: a bar on stderr; None shows one on a terminal.
+        """
+        requests = list(requests)
+        finished = dict(track(self._run(requests), len(requests), progress))
+        groups = [finished[index] for index in range(len(requests))]
+        if strict and (errors := [group.error for group in groups if group.error]):
+            raise RequestError(f"{len(errors)} of {len(groups)} requests failed, the first: {errors[0]}", groups)
+        return groups
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[RolloutGroup]:
+        """Yields each group as it finishes. Closing the iterator aborts what is left."""
+        for _, group in self._run(list(requests)):
+            yield group
+
+    def add_request(self, request: Request) -> str:
+        """Queues a request and returns its id; raises ValueError, naming it, if it cannot run."""
+        request_id = request.request_id if request.request_id is not None else self._fresh_id()
+        if request_id in self._groups:
+            raise ValueError(f"request {request_id!r}: expected an id that is not in use (request_id)")
+        try:
+            group = self._intake.admit(request, request_id, self.num_requests)
+            self._scheduler.add(group)
+        except ValueError as error:
+            raise ValueError(f"request {request_id!r}: {error}") from error
+        self._groups[request_id] = group
+        self.num_requests += 1
+        return request_id
+
+    def step(self) -> list[RolloutGroup]:
+        """One prefill or one decode step; returns the groups that finished."""
+        start = time.perf_counter()
+        self._weights.check()
+        batch = self._scheduler.next((self.weight_version, self.vision_version))
+        with torch.no_grad(), torch.autocast(self._weights.device.type, enabled=False):
+            if batch.groups:
+                sequences = [sequence for group in batch.groups for sequence in group.sequences]
+                self._counts["prefilled_tokens"] += self._runner.prefill(batch.groups)
+                output.record(sequences, self._runner.first_tokens(batch.groups))
+            elif batch.sequences:
+                for sequence in batch.sequences:
+                    self._scheduler.grow(sequence)
+                output.record(batch.sequences, self._runner.decode(batch.sequences))
+        self._counts["steps"] += 1
+        self._hand_out(self._scheduler.retire())
+        self._seconds += time.perf_counter() - start
+        return self._take_outbox()
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request with what it has; its group comes with the next step. ValueError for an unknown id."""
+        if request_id not in self._groups:
+            raise ValueError(f"expected the id of an unfinished request, got {request_id!r} (request_id)")
+        group = self._groups[request_id]
+        for sequence in group.sequences:
+            sequence.finish_reason = sequence.finish_reason or "abort"
+        waited = self._scheduler.remove(group)
+        self._hand_out([group] if waited else self._scheduler.retire())
+
+    def update_weights(
+        self,
+        named: NamedTensors = (),
+        *,
+        partial: bool = False,
+        in_flight: Literal["error", "abort"] = "error",
+        vision_changed: bool | None = None,
+    ) -> int:
+        """Makes the engine use changed weights, and returns the new `weight_version`.
+
+        named: empty after the module's parameters were changed in place; else tensors by name (the module's
+        own, or transformers' 4.x and 5.x names), all checked for name, shape and dtype before the first is
+        copied. Missing names are an error unless partial. in_flight: what happens to unfinished requests.
+        vision_changed: None means yes if a parameter of the tower requires a gradient. Raises ValueError
+        and changes nothing if a check fails.
+        """
+        if in_flight not in ("error", "abort"):
+            raise ValueError(f"expected in_flight 'error' or 'abort', got {in_flight!r} (in_flight)")
+        if self._groups and in_flight == "error":
+            names = sorted(self._groups)[:3]
+            raise ValueError(f"expected no unfinished requests, got {len(self._groups)}: {names} ... (in_flight)")
+        named = dict(named)
+        self._weights.check()
+        prepared = self._weights.match(named, partial) if named else None
+        for request_id in list(self._groups):
+            self.abort(request_id)
+        if prepared is None:
+            self._weights.refresh()
+        else:
+            self._weights.copy(prepared)
+        self.weight_version += 1
+        if self._vision_changed(named, vision_changed):
+            self.vision_version += 1
+            self._runner.vision.clear()
+        return self.weight_version
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since the engine was made.
+
+        requests, finished, failed: groups. prefilled_tokens: prompt tokens computed; shared_segments: prompt
+        segments found instead. tokens: drawn. steps, seconds: spent in them. tokens_per_second. images_encoded,
+        image_hits: by the vision cache. running, waiting: samples and groups now. weight_version, vision_version.
+        """
+        vision = self._runner.vision
+        return {
+            "requests": self.num_requests,
+            **self._counts,
+            "seconds": self._seconds,
+            "tokens_per_second": self._counts["tokens"] / self._seconds if self._seconds else 0.0,
+            "shared_segments": self._tree.num_shared,
+            "images_encoded": vision.num_encoded if vision else 0,
+            "image_hits": vision.num_hits if vision else 0,
+            "running": len(self._scheduler.running),
+            "waiting": len(self._scheduler.waiting),
+            "weight_version": self.weight_version,
+            "vision_version": self.vision_version,
+        }
+
+    def memory_report(self) -> dict[str, int | float]:
+        """Bytes by owner.
+
+        kv_capacity, kv_used: the page pool and its pages in use; kv_pages, kv_pages_used: their number.
+        vision_cache. shadow_weights: copies the engine owns. shared_weights: decoder parameters read in place.
+        """
+        pool, runner = self._tree.pool, self._runner
+        return {
+            "kv_capacity": runner.kv_pool.nbytes,
+            "kv_used": runner.kv_pool.nbytes // pool.num_pages * pool.num_used,
+            "kv_pages": pool.num_pages,
+            "kv_pages_used": pool.num_used,
+            "vision_cache": runner.vision.used_bytes if runner.vision else 0,
+            "shadow_weights": self._weights.shadow_bytes,
+            "shared_weights": self._weights.shared_bytes,
+        }
+
+    def score(self, groups: Iterable[RolloutGroup]) -> NoReturn:
+        """Not in this release."""
+        raise NotImplementedError("Engine.score comes with a later release")
+
+    def interrupt(self) -> NoReturn:
+        """Not in this release."""
+        raise NotImplementedError("Engine.interrupt comes with a later release")
+
+    def resume(self, partial: Any) -> NoReturn:
+        """Not in this release."""
+        raise NotImplementedError("Engine.resume comes with a later release")
+
+    def sleep(self) -> NoReturn:
+        """Not in this release."""
+        raise NotImplementedError("Engine.sleep comes with a later release")
+
+    def wake(self) -> NoReturn:
+        """Not in this release."""
+        raise NotImplementedError("Engine.wake comes with a later release")
+
+    def _run(self, requests: list[Request]) -> Iterator[tuple[int, RolloutGroup]]:
+        """Yields (index of the request, its group) as groups finish."""
+        mine: dict[str, int] = {}
+        try:
+            for index, request in enumerate(requests):
+                try:
+                    mine[self.add_request(request)] = index
+                except ValueError as error:
+                    self._counts["failed"] += 1
+                    yield index, output.failed_group(request, request.request_id or self._fresh_id(), error)
+            while mine:
+                finished = self.step()
+                self._outbox.extend(group for group in finished if group.request_id not in mine)
+                for group in finished:
+                    if group.request_id in mine:
+                        yield mine.pop(group.request_id), group
+        finally:
+            for request_id in mine.keys() & self._groups.keys():
+                self.abort(request_id)
+            self._outbox = deque(group for group in self._outbox if group.request_id not in mine)
+
+    def _hand_out(self, groups: list[Group]) -> None:
+        for group in groups:
+            del self._groups[group.request_id]
+            finished = output.group_of(group, self._processor.tokenizer, self.weight_version)
+            self._counts["failed" if group.error else "finished"] += 1
+            self._counts["tokens"] += sum(len(rollout.token_ids) for rollout in finished.rollouts)
+            self._outbox.append(finished)
+
+    def _take_outbox(self) -> list[RolloutGroup]:
+        groups = list(self._outbox)
+        self._outbox.clear()
+        return groups
+
+    def _fresh_id(self) -> str:
+        index = self.num_requests
+        while f"request-{index}" in self._groups:
+            index += 1
+        return f"request-{index}"
+
+    def _vision_changed(self, named: Mapping[str, torch.Tensor], changed: bool | None) -> bool:
+        if self.spec.vision is None:
+            return False
+        if changed is None:
+            return bool(named) or any(p.requires_grad for p in self.spec.vision.tower.parameters())
+        return changed
+
+    def _num_pages(self, device: torch.device) -> int:
+        spec, config = self.spec, self.config
+        page_bytes = 2 * spec.num_layers * config.page_size * spec.num_kv_heads * spec.head_dim
+        page_bytes *= self._weights.dtype.itemsize
+        budget = config.kv_memory
+        if budget is None:
+            budget = CPU_KV_MEMORY if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0] * 0.9)
+        if budget < page_bytes:
+            raise ValueError(f"expected at least one page of {page_bytes} bytes, got {budget} (kv_memory)")
+        return budget // page_bytes

@@ -1,0 +1,110 @@
+"""From a request to a group that can be scheduled: every check that needs the engine."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from foveate.kernels.sampling import request_seed, sample_seed
+from foveate.rollout.config import EngineConfig
+from foveate.rollout.models.spec import ModelSpec
+from foveate.rollout.processor import PromptProcessor
+from foveate.rollout.scheduler import Group, Sequence
+from foveate.rollout.text import TextDecoder
+from foveate.rollout.types import Request
+
+logger = logging.getLogger(__name__)
+
+
+class Intake:
+    """Prepares prompts, ban masks, stop ids and seeds; raises ValueError for what cannot run."""
+
+    def __init__(self, config: EngineConfig, spec: ModelSpec, processor: PromptProcessor):
+        self.config = config
+        self.spec = spec
+        self.processor = processor
+        self.max_context = config.max_context or spec.max_context
+        self.eos_ids = _eos_ids(spec.model)
+        self.banned = torch.zeros(spec.vocab_size, dtype=torch.bool, device=spec.lm_head.weight.device)
+        if config.ban_vision_tokens:
+            self.banned[list(spec.vision.pad_ids if spec.vision else ())] = True
+            if processor.tokenizer is not None:
+                self.banned[len(processor.tokenizer) :] = True
+
+    def admit(self, request: Request, request_id: str, index: int) -> Group:
+        """index: how many requests were added before, the seed of a request that brings none."""
+        sampling = request.sampling
+        prompt = self.processor.prepare(request)
+        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
+        for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
+            if beyond := [i for i in getattr(sampling, name) or () if i >= self.spec.vocab_size]:
+                raise ValueError(f"expected ids < {self.spec.vocab_size}, got {beyond} ({name})")
+        if sampling.stop and self.processor.tokenizer is None:
+            raise ValueError("expected no stop strings, because the engine has no tokenizer, got some (stop)")
+        banned = self._banned(request)
+        group = Group(
+            request=request,
+            request_id=request_id,
+            prompt=prompt,
+            max_tokens=self._max_tokens(request, request_id, len(prompt.token_ids)),
+            stop_ids=stop_ids,
+            banned=banned,
+            banned_early=self._banned_early(banned, stop_ids) if sampling.min_tokens else banned,
+        )
+        seed = sampling.seed if sampling.seed is not None else request_seed(self.config.seed, index)
+        for sample in range(request.n):
+            decoder = TextDecoder(self.processor.tokenizer) if sampling.stop else None
+            group.sequences.append(Sequence(group, _signed(sample_seed(seed, sample)), decoder=decoder))
+        return group
+
+    def _banned(self, request: Request) -> torch.Tensor:
+        sampling, banned = request.sampling, self.banned
+        if sampling.banned_token_ids:
+            banned = banned.clone()
+            banned[list(sampling.banned_token_ids)] = True
+        if sampling.allowed_token_ids is not None:
+            allowed = torch.zeros_like(banned)
+            allowed[list(sampling.allowed_token_ids)] = True
+            banned = banned | ~allowed
+        if banned is not self.banned and bool(banned.all()):
+            raise ValueError("expected at least one id that is allowed and not banned, got none (allowed_token_ids)")
+        return banned
+
+    def _banned_early(self, banned: torch.Tensor, stop_ids: frozenset[int]) -> torch.Tensor:
+        early = banned.clone()
+        early[list(stop_ids)] = True
+        if bool(early.all()):
+            raise ValueError("expected an allowed id that does not stop, got none before min_tokens (min_tokens)")
+        return early
+
+    def _max_tokens(self, request: Request, request_id: str, prompt_len: int) -> int:
+        room = self.max_context - prompt_len
+        if room < 1:
+            raise ValueError(
+                f"expected a prompt shorter than the context of {self.max_context}, got {prompt_len} (prompt)"
+            )
+        if request.sampling.max_tokens > room:
+            logger.warning(
+                "request %r: max_tokens cut from %d to %d by the context of %d",
+                request_id,
+                request.sampling.max_tokens,
+                room,
+                self.max_context,
+            )
+        return min(request.sampling.max_tokens, room)
+
+
+def _eos_ids(model) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(model.config, "eos_token_id", None)
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def _signed(seed: int) -> int:
+    """Unsigned 64-bit -> the int64 with the same bits."""
+    return seed - (1 << 64) if seed >= 1 << 63 else seed

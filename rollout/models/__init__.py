@@ -1,0 +1,25 @@
+"""Which model families the engine runs: one short file each, found by the config's `model_type`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from foveate.rollout.models import llama, qwen2, qwen2_5_vl, qwen3
+from foveate.rollout.models.spec import ModelSpec, VisionSpec
+
+__all__ = ["FAMILIES", "ModelSpec", "VisionSpec", "describe"]
+
+FAMILIES = {
+    "llama": llama.describe,
+    "qwen2": qwen2.describe,
+    "qwen3": qwen3.describe,
+    "qwen2_5_vl": qwen2_5_vl.describe,
+}
+
+
+def describe(model: nn.Module) -> ModelSpec:
+    """Finds the parts of a transformers model; raises ValueError for a family that is not supported."""
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in FAMILIES:
+        raise ValueError(f"expected a model of one of {sorted(FAMILIES)}, got {model_type!r} (model)")
+    return FAMILIES[model_type](model)

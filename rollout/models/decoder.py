@@ -1,0 +1,93 @@
+"""One decoder for all families: pre-norm transformer layers over paged KV segments, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers.activations import ACT2FN
+
+from foveate.kernels import paged_attention
+from foveate.kernels.paged_attention import StepPlan
+from foveate.rollout.models.spec import ModelSpec
+from foveate.rollout.models.weights import LayerWeights, Weights
+
+
+class Decoder:
+    """Runs T new tokens through all layers, storing their keys and values in the pool."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, backend: str | None = None):
+        self.spec = spec
+        self.weights = weights
+        self.backend = backend
+        self.activation = ACT2FN[spec.activation]
+        self.scale = spec.head_dim**-0.5
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        kv_pool: torch.Tensor,
+        plan: StepPlan,
+        decode: bool,
+    ) -> torch.Tensor:
+        """hidden: float [T, hidden]. positions: int64 [3, T]. kv_pool: [2, layers, pages, page_size, kv_heads, head_dim].
+
+        Returns float [T, hidden] after the final norm.
+        """
+        cos, sin = self.rotary(positions, hidden.dtype)
+        attention = paged_attention.decode if decode else paged_attention.prefill
+        for index, layer in enumerate(self.weights.layers):
+            keys, values = kv_pool[0, index], kv_pool[1, index]
+            q, k, v = self.project(rms_norm(hidden, layer.input_norm, layer.eps), layer, cos, sin)
+            paged_attention.store_kv(k, v, keys, values, plan, backend=self.backend)
+            mixed = attention(q, keys, values, plan, scale=self.scale, backend=self.backend)
+            hidden = hidden + F.linear(mixed.flatten(1), *layer.o)
+            hidden = hidden + self.mlp(rms_norm(hidden, layer.post_norm, layer.eps), layer)
+        return rms_norm(hidden, self.weights.norm, self.weights.eps)
+
+    def project(self, x: torch.Tensor, layer: LayerWeights, cos: torch.Tensor, sin: torch.Tensor):
+        """-> q [T, heads, head_dim], k and v [T, kv_heads, head_dim]; q and k rotated."""
+        heads, kv_heads, head_dim = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
+        if len(layer.qkv) > 1:
+            q, k, v = (F.linear(x, *part).unflatten(-1, (-1, head_dim)) for part in layer.qkv)
+        else:
+            qkv = F.linear(x, *layer.qkv[0]).unflatten(-1, (-1, head_dim))
+            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        if layer.q_norm is not None:
+            q, k = rms_norm(q, layer.q_norm, layer.eps), rms_norm(k, layer.k_norm, layer.eps)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
+        if len(layer.gate_up) > 1:
+            gate, up = (F.linear(x, *part) for part in layer.gate_up)
+        else:
+            gate, up = F.linear(x, *layer.gate_up[0]).chunk(2, dim=-1)
+        return F.linear(self.activation(gate) * up, *layer.down)
+
+    def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [3, T] -> cos, sin [T, 1, head_dim / 2]. Frequencies are the module's own buffer."""
+        module = self.spec.decoder.rotary_emb
+        frequencies = module.inv_freq.float()  # [head_dim / 2]
+        if self.spec.mrope_section is None:
+            angles = positions[0, :, None].float() * frequencies
+        else:
+            # Frequencies are dealt out to the planes in consecutive sections.
+            planes = positions.float()[..., None] * frequencies  # [3, T, head_dim / 2]
+            parts = planes.split(list(self.spec.mrope_section), dim=-1)
+            angles = torch.cat([part[plane] for plane, part in enumerate(parts)], dim=-1)
+        cos, sin = angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
+        return cos[:, None].to(dtype), sin[:, None].to(dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, normalised in float32 as transformers does."""
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    normed = F.rms_norm(x.float(), weight.shape, None, eps)
+    return weight * normed.to(x.dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [T, heads, head_dim], first half against second half."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

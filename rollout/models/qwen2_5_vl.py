@@ -1,0 +1,39 @@
+"""Qwen2.5-VL: the Qwen2 decoder with three-plane rotary positions, and transformers' own vision tower."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from foveate.rollout.models.spec import ModelSpec, VisionSpec, text_spec
+
+
+def describe(model: nn.Module) -> ModelSpec:
+    config, inner = model.config, model.model
+    text, vision = config.text_config, config.vision_config
+    pads = [getattr(config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision")]
+
+    def encode(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[torch.Tensor]:
+        return list(inner.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output)
+
+    def positions(ids: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[torch.Tensor, int]:
+        is_image = (ids == config.image_token_id).int()
+        planes, _ = inner.get_rope_index(ids[None], mm_token_type_ids=is_image[None], image_grid_thw=image_grid_thw)
+        return planes[:, 0], int(planes.max()) + 1
+
+    return text_spec(
+        model,
+        inner.language_model,
+        text,
+        mrope_section=tuple(text.rope_parameters["mrope_section"]),
+        vision=VisionSpec(
+            tower=inner.visual,
+            encode=encode,
+            positions=positions,
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            pad_ids=tuple(sorted({i for i in pads if i is not None})),
+            merge_size=vision.spatial_merge_size,
+            patch_dim=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+        ),
+    )

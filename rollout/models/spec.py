@@ -1,0 +1,82 @@
+"""What an adapter tells the engine about a model: its modules, its sizes, its vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Frequencies of these depend on the positions alone, as the one decoder assumes.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """The vision tower and the ids and positions that go with it.
+
+    encode: (pixel_values, image_grid_thw) -> one float [tokens, hidden] an image. positions: (ids int64 [P],
+    image_grid_thw) -> (int64 [3, P], position of the next token). merge_size: patches merged in each
+    direction. pad_ids: ids that stand for vision in a prompt and that a policy must not draw.
+    """
+
+    tower: nn.Module
+    encode: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+    positions: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, int]]
+    image_token_id: int
+    video_token_id: int | None
+    pad_ids: tuple[int, ...]
+    merge_size: int
+    patch_dim: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A transformers causal language model, taken apart. The modules stay the model's own.
+
+    decoder: the module with embed_tokens, layers, norm and rotary_emb. mrope_section: how many rotary
+    frequencies follow the time, height and width positions; None for one-dimensional positions.
+    """
+
+    model: nn.Module
+    decoder: nn.Module
+    lm_head: nn.Linear
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_context: int
+    activation: str
+    mrope_section: tuple[int, int, int] | None = None
+    vision: VisionSpec | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.decoder.layers)
+
+
+def text_spec(model: nn.Module, decoder: nn.Module, config, **extra) -> ModelSpec:
+    """ModelSpec from the config fields that every supported family shares."""
+    sliding = [i for i, kind in enumerate(getattr(config, "layer_types", None) or []) if kind != "full_attention"]
+    if sliding:
+        raise ValueError(
+            f"expected full attention in every layer, got {config.layer_types[sliding[0]]} (layer {sliding[0]})"
+        )
+    rope_type = config.rope_parameters.get("rope_type", "default")
+    if rope_type not in STATIC_ROPE:
+        raise ValueError(f"expected rope_type one of {STATIC_ROPE}, got {rope_type!r} (rope_parameters)")
+    return ModelSpec(
+        model=model,
+        decoder=decoder,
+        lm_head=model.lm_head,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        hidden_size=config.hidden_size,
+        vocab_size=model.lm_head.weight.shape[0],
+        max_context=config.max_position_embeddings,
+        activation=config.hidden_act,
+        **extra,
+    )

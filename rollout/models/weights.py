@@ -1,0 +1,216 @@
+"""The engine's view of a model's parameters: shared by reference, fused where it pays, or a shadow copy.
+
+Fusing puts q, k, v (and gate, up) of a layer into one buffer and re-points the module's own parameters into
+it. Each gets a storage of its own through DLPack: plain slices share one storage, and checkpoint writers that
+look for tied tensors would then drop all but one of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from foveate.rollout.models.spec import ModelSpec
+
+Linear = tuple[torch.Tensor, torch.Tensor | None]  # weight [out, in], bias [out]
+
+# Keyed by the module that owns the parts (self_attn, mlp) and the parts' kind. The buffers live as long as
+# the module: a second engine on it adopts them, and parameters stay valid when engines go.
+_FUSED: weakref.WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class LayerWeights:
+    """Tensors of one layer; qkv and gate_up hold one fused linear, or one for each part."""
+
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    eps: float
+    qkv: list[Linear]
+    o: Linear
+    gate_up: list[Linear]
+    down: Linear
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+
+
+class Weights:
+    """What the decoder reads.
+
+    shares: True if these are the module's own parameters, False if a shadow in another dtype that `refresh`
+    fills. Raises ValueError naming the module for a projection that is not a plain `nn.Linear`.
+    """
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype | None, fuse: bool):
+        self.spec = spec
+        self.fuse = fuse
+        self.device = spec.lm_head.weight.device
+        self.dtype = dtype or spec.lm_head.weight.dtype
+        self.shares = self.dtype == spec.lm_head.weight.dtype
+        self._names = {id(module): name for name, module in spec.model.named_modules()}
+        self._shadow: dict[int, torch.Tensor] = {}  # id of a parameter -> its copy in self.dtype
+        self._shadow_buffers: dict[tuple[int, str], torch.Tensor] = {}
+        self.adopt()
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """Reads the module's parameters anew, fusing what is not fused yet."""
+        decoder = self.spec.decoder
+        self._table: list[tuple[nn.Module, str, nn.Parameter, int]] = []
+        self.embed = self._tensor(decoder.embed_tokens, "weight")
+        self.layers = [self._layer(layer) for layer in decoder.layers]
+        self.norm, self.eps = self._tensor(decoder.norm, "weight"), decoder.norm.variance_epsilon
+        self.lm_head, self.lm_head_bias = self._linear(self.spec.lm_head)
+        # Fusing moves parameters, so the addresses are taken when all are in place.
+        self._table = [(owner, name, param, param.data_ptr()) for owner, name, param, _ in self._table]
+
+    def check(self) -> None:
+        """Re-adopts the parameters if one was replaced or moved since they were last read."""
+        for owner, name, param, pointer in self._table:
+            if owner._parameters[name] is not param or param.data_ptr() != pointer:
+                return self.adopt()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Fills the shadow from the module's parameters; nothing to do when they are shared."""
+        for _, _, param, _ in self._table:
+            if (copy := self._shadow.get(id(param))) is not None:
+                copy.copy_(param)
+
+    def match(self, named: Mapping[str, torch.Tensor], partial: bool) -> dict[int, torch.Tensor]:
+        """Checks all names, shapes and dtypes and returns the tensors by the id of their parameter."""
+        params = dict(self.spec.model.named_parameters(remove_duplicate=False))
+        given: dict[int, tuple[str, torch.Tensor]] = {}
+        for name, tensor in named.items():
+            own = resolve_name(name, params)
+            param = params[own]
+            if tensor.shape != param.shape or not tensor.is_floating_point():
+                expected = f"a floating tensor of shape {list(param.shape)}"
+                raise ValueError(f"expected {expected}, got {tensor.dtype} {list(tensor.shape)} ({name})")
+            other, value = given.setdefault(id(param), (name, tensor))
+            if value is not tensor and not torch.equal(value.to(tensor), tensor):
+                raise ValueError(f"expected equal values for tied parameters, got different ones ({other}, {name})")
+        missing = [name for name, param in params.items() if id(param) not in given]
+        if missing and not partial:
+            raise ValueError(
+                f"expected all {len(params)} parameters, got none for {missing[:5]} (missing: {len(missing)})"
+            )
+        return {key: tensor for key, (_, tensor) in given.items()}
+
+    @torch.no_grad()
+    def copy(self, matched: Mapping[int, torch.Tensor]) -> None:
+        """Copies what `match` returned into the parameters, or into their shadow."""
+        for param in self.spec.model.parameters():
+            if id(param) in matched:
+                self._shadow.get(id(param), param).copy_(matched[id(param)])
+
+    @property
+    def shadow_bytes(self) -> int:
+        """Bytes the engine owns for copies of parameters."""
+        return sum(copy.nbytes for copy in self._shadow.values())
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of the decoder parameters that the engine reads in place."""
+        return sum({id(p): p.nbytes for _, _, p, _ in self._table}.values()) if self.shares else 0
+
+    def _layer(self, layer: nn.Module) -> LayerWeights:
+        attention, mlp = layer.self_attn, layer.mlp
+        has_head_norm = hasattr(attention, "q_norm")
+        return LayerWeights(
+            input_norm=self._tensor(layer.input_layernorm, "weight"),
+            post_norm=self._tensor(layer.post_attention_layernorm, "weight"),
+            eps=layer.input_layernorm.variance_epsilon,
+            qkv=self._fused(attention, "qkv", [attention.q_proj, attention.k_proj, attention.v_proj]),
+            o=self._linear(attention.o_proj),
+            gate_up=self._fused(mlp, "gate_up", [mlp.gate_proj, mlp.up_proj]),
+            down=self._linear(mlp.down_proj),
+            q_norm=self._tensor(attention.q_norm, "weight") if has_head_norm else None,
+            k_norm=self._tensor(attention.k_norm, "weight") if has_head_norm else None,
+        )
+
+    def _linear(self, module: nn.Module) -> Linear:
+        self._require_plain(module)
+        bias = None if module.bias is None else self._tensor(module, "bias")
+        return self._tensor(module, "weight"), bias
+
+    def _fused(self, owner: nn.Module, kind: str, parts: list[nn.Linear]) -> list[Linear]:
+        if not self.fuse:
+            return [self._linear(part) for part in parts]
+        for part in parts:
+            self._require_plain(part)
+        weight = self._buffer(owner, f"{kind}.weight", parts, "weight")
+        biased = [part.bias is not None for part in parts]
+        if not any(biased):
+            return [(weight, None)]
+        if not all(biased):
+            raise ValueError(f"expected a bias on all or none of {kind}, got {biased} ({self._names[id(owner)]})")
+        return [(weight, self._buffer(owner, f"{kind}.bias", parts, "bias"))]
+
+    def _buffer(self, owner: nn.Module, kind: str, parts: list[nn.Linear], name: str) -> torch.Tensor:
+        """The fused buffer of `name` of all parts, holding their values; parameters are re-pointed if shared."""
+        params = [self._register(part, name) for part in parts]
+        rows = [param.shape[0] for param in params]
+        shape = (sum(rows), *params[0].shape[1:])
+        buffers = _FUSED.setdefault(owner, {}) if self.shares else self._shadow_buffers
+        key = kind if self.shares else (id(owner), kind)
+        buffer = buffers.get(key)
+        if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (shape, self.dtype, self.device):
+            buffer = buffers[key] = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for param, part in zip(params, buffer.split(rows), strict=True):
+            if not self.shares:
+                self._shadow[id(param)] = part.copy_(param)
+            elif param.data_ptr() != part.data_ptr():
+                part.copy_(param)
+                param.data = torch.from_dlpack(part)
+        return buffer
+
+    def _tensor(self, owner: nn.Module, name: str) -> torch.Tensor:
+        param = self._register(owner, name)
+        if self.shares:
+            return param
+        copy = self._shadow.get(id(param))
+        if copy is None:
+            copy = self._shadow[id(param)] = torch.empty(param.shape, dtype=self.dtype, device=self.device)
+        return copy.copy_(param)
+
+    def _register(self, owner: nn.Module, name: str) -> nn.Parameter:
+        param, full = owner._parameters[name], f"{self._names[id(owner)]}.{name}"
+        if type(param) is not nn.Parameter or not param.is_floating_point():
+            raise ValueError(
+                f"expected a plain floating nn.Parameter, got {type(param).__name__} {param.dtype} ({full})"
+            )
+        if param.device != self.device or (self.shares and param.dtype != self.dtype):
+            expected, got = f"{self.dtype} on {self.device}", f"{param.dtype} on {param.device}"
+            raise ValueError(f"expected {expected}, got {got} ({full})")
+        self._table.append((owner, name, param, 0))
+        return param
+
+    def _require_plain(self, module: nn.Module) -> None:
+        name = self._names[id(module)]
+        if type(module) is not nn.Linear or is_parametrized(module):
+            kind = "a parametrised" if is_parametrized(module) else f"{type(module).__module__}.{type(module).__name__}"
+            raise ValueError(f"expected a plain torch.nn.Linear, got {kind} ({name})")
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            raise ValueError(f"expected a torch.nn.Linear without forward hooks, got one with hooks ({name})")
+
+
+def resolve_name(name: str, params: Mapping[str, object]) -> str:
+    """The module's own name of a parameter, for names of transformers 4.x and 5.x; ValueError if unknown."""
+    aliases = [name, f"model.{name}"]
+    for old, new in (
+        ("model.", "model.language_model."),
+        ("language_model.model.", "model.language_model."),
+        ("language_model.lm_head.", "lm_head."),
+    ):
+        if name.startswith(old):
+            aliases.append(new + name[len(old) :])
+    for alias in aliases:
+        if alias in params:
+            return alias
+    raise ValueError(f"expected the name of a parameter of the model, got {name!r} (update_weights)")

@@ -1,0 +1,110 @@
+"""From drawn tokens to finished rollouts: when a sample stops, and what its caller gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from foveate.kernels.sampling import SampleOutput
+from foveate.rollout.scheduler import Group, Sequence
+from foveate.rollout.types import Request, Rollout, RolloutGroup
+
+
+def record(sequences: list[Sequence], drawn: SampleOutput) -> None:
+    """Appends row r of `drawn` to sequences[r] and marks the samples that end with it."""
+    columns = [column.tolist() for column in drawn]
+    for sequence, token, logprob, log_kept, entropy in zip(sequences, *columns, strict=True):
+        if token < 0:
+            fail(sequence.group, "expected finite logits and an allowed token, got NaN, inf or none")
+            continue
+        sequence.token_ids.append(token)
+        sequence.logprobs.append(logprob)
+        sequence.log_kept.append(log_kept)
+        sequence.entropy.append(entropy)
+        _finish(sequence, token)
+
+
+def fail(group: Group, message: str) -> None:
+    """Ends all samples of a group with an error that names its request."""
+    group.error = ValueError(f"request {group.request_id!r}: {message}")
+    for sequence in group.sequences:
+        sequence.finish_reason = "error"
+
+
+def _finish(sequence: Sequence, token: int) -> None:
+    group, sampling = sequence.group, sequence.group.request.sampling
+    if sequence.decoder is not None:
+        text = sequence.decoder.append(token)
+        if len(sequence.token_ids) >= sampling.min_tokens and any(stop in text for stop in sampling.stop):
+            sequence.finish_reason = "stop"
+    if token in group.stop_ids:
+        sequence.finish_reason, sequence.stop_token_id = "stop", token
+    elif sequence.finish_reason is None and len(sequence.token_ids) == group.max_tokens:
+        sequence.finish_reason = "length"
+    if group.error is not None:
+        sequence.finish_reason = "error"
+
+
+def group_of(group: Group, tokenizer: Any, version: int) -> RolloutGroup:
+    """The finished group as its caller gets it."""
+    prompt, vision = group.prompt, group.prompt.vision
+    boundaries = torch.tensor((0, *prompt.boundaries), dtype=torch.int32)
+    return RolloutGroup(
+        request=group.request,
+        request_id=group.request_id,
+        prompt_ids=prompt.token_ids,
+        prompt_positions=prompt.positions.to(torch.int32).contiguous(),
+        next_position=prompt.next_position,
+        segments=boundaries.diff(),
+        rollouts=tuple(_rollout(sequence, tokenizer, version) for sequence in group.sequences),
+        image_grid_thw=vision.image_grid_thw if vision else None,
+        pixel_values=vision.pixel_values if vision else None,
+        error=group.error,
+    )
+
+
+def failed_group(request: Request, request_id: str, error: ValueError) -> RolloutGroup:
+    """The group of a request that could not be added."""
+    return RolloutGroup(
+        request=request,
+        request_id=request_id,
+        prompt_ids=torch.empty(0, dtype=torch.int64),
+        prompt_positions=torch.empty((3, 0), dtype=torch.int32),
+        next_position=0,
+        segments=torch.empty(0, dtype=torch.int32),
+        rollouts=tuple(_empty_rollout() for _ in range(request.n)),
+        error=error,
+    )
+
+
+def _rollout(sequence: Sequence, tokenizer: Any, version: int) -> Rollout:
+    if sequence.finish_reason == "error":
+        return _empty_rollout()
+    count = len(sequence.token_ids)
+    return Rollout(
+        token_ids=torch.tensor(sequence.token_ids, dtype=torch.int64),
+        logprobs=torch.tensor(sequence.logprobs, dtype=torch.float32),
+        log_kept=torch.tensor(sequence.log_kept, dtype=torch.float32),
+        entropy=torch.tensor(sequence.entropy, dtype=torch.float32),
+        finish_reason=sequence.finish_reason,
+        stop_token_id=sequence.stop_token_id,
+        weight_versions=((0, count, version),) if count else (),
+        text=_text(sequence, tokenizer),
+    )
+
+
+def _empty_rollout() -> Rollout:
+    empty = torch.empty(0, dtype=torch.float32)
+    return Rollout(torch.empty(0, dtype=torch.int64), empty, empty.clone(), empty.clone(), "error")
+
+
+def _text(sequence: Sequence, tokenizer: Any) -> str:
+    if tokenizer is None:
+        return ""
+    ids = sequence.token_ids if sequence.stop_token_id is None else sequence.token_ids[:-1]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    if sequence.finish_reason == "stop" and sequence.stop_token_id is None:
+        cuts = [text.find(stop) for stop in sequence.group.request.sampling.stop]
+        text = text[: min((cut for cut in cuts if cut >= 0), default=len(text))]
+    return text

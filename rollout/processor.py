@@ -1,0 +1,258 @@
+"""From a request to what the model sees: expanded token ids, positions, patches, image spans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+
+from foveate.rollout.images import content_hash, load_image
+from foveate.rollout.models.spec import VisionSpec
+from foveate.rollout.types import Request, VisionInputs
+
+
+@dataclass(frozen=True)
+class ImageInput:
+    """One image: its patches, and where its tokens stand in the prompt."""
+
+    content_hash: bytes  # of patches and grid
+    pixel_values: torch.Tensor  # float [patches, patch_dim]
+    grid_thw: torch.Tensor  # int64 [3], patches
+    start: int  # first prompt token
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request's prompt as the model sees it; filled by `PromptProcessor.prepare`."""
+
+    token_ids: torch.Tensor  # int64 [P], placeholders expanded
+    positions: torch.Tensor  # int64 [3, P]: time, height, width
+    next_position: int  # of the first completion token
+    images: tuple[ImageInput, ...]
+    boundaries: tuple[int, ...]  # ends of the prompt's segments, the last is P
+
+    @property
+    def vision(self) -> VisionInputs | None:
+        """All images of the prompt together, None without images."""
+        if not self.images:
+            return None
+        grids = torch.stack([image.grid_thw for image in self.images])
+        return VisionInputs(torch.cat([image.pixel_values for image in self.images]), grids)
+
+
+class PromptProcessor:
+    """Prepares prompts with a tokenizer and an image processor, either of which may be absent.
+
+    processor: anything with `.tokenizer` and `.image_processor`, or a bare tokenizer, or None: then prompts
+    are token ids and images come as `VisionInputs`.
+    """
+
+    def __init__(self, processor: Any, vision: VisionSpec | None, vocab_size: int):
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.image_processor = getattr(processor, "image_processor", None)
+        self.template = processor if getattr(processor, "chat_template", None) else self.tokenizer
+        self.vision = vision
+        self.vocab_size = vocab_size
+
+    def prepare(self, request: Request) -> Prompt:
+        """Raises ValueError saying expected and got; the engine adds which request."""
+        prompt, images = self._as_text_or_ids(request)
+        vision = request.vision or self._process_images(images)
+        grids, pixels = self._split_images(vision)
+        tokens = [int(grid.prod()) // self.vision.merge_size**2 for grid in grids] if self.vision else []
+        if isinstance(prompt, str):
+            ids = self._expand(self.tokenizer(prompt, add_special_tokens=_is_plain_text(request))["input_ids"], tokens)
+        else:
+            ids = torch.as_tensor(prompt, dtype=torch.int64)
+        self._check_ids(ids)
+        spans = self._image_spans(ids, tokens)
+        inputs = tuple(
+            ImageInput(content_hash(pixel, grid), pixel, grid, start, count)
+            for pixel, grid, (start, count) in zip(pixels, grids, spans, strict=True)
+        )
+        positions, next_position = self._positions(ids, grids)
+        return Prompt(ids, positions, next_position, inputs, self._boundaries(request, ids, spans))
+
+    def _as_text_or_ids(self, request: Request) -> tuple[str | Sequence[int] | torch.Tensor, list[Any]]:
+        prompt, images = request.prompt, list(request.images)
+        if isinstance(prompt, torch.Tensor):
+            if prompt.dim() != 1 or prompt.is_floating_point():
+                raise ValueError(f"expected integer ids [P], got {prompt.dtype} {list(prompt.shape)} (prompt)")
+            return prompt, images
+        if not isinstance(prompt, (str, Sequence)) or len(prompt) == 0:
+            raise ValueError(
+                f"expected text, chat messages or token ids, got {type(prompt).__name__} of length 0 or none (prompt)"
+            )
+        if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+            if not all(isinstance(i, (int, np.integer)) for i in prompt):
+                raise ValueError("expected token ids to be ints, got other items (prompt)")
+            return prompt, images
+        if self.tokenizer is None:
+            raise ValueError("expected token ids, because the engine has no tokenizer, got text (prompt)")
+        if isinstance(prompt, str):
+            return prompt, images
+        messages, embedded = _lift_images(prompt)
+        if embedded and images:
+            raise ValueError(
+                f"expected images in the messages or in images, got {len(embedded)} and {len(images)} (images)"
+            )
+        return self._render(messages, generation=True), images or embedded
+
+    def _render(self, messages: list[dict], generation: bool) -> str:
+        try:
+            return self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        except (jinja2.TemplateError, ValueError) as error:
+            raise ValueError(f"expected messages that the chat template accepts, got: {error} (prompt)") from error
+
+    def _process_images(self, images: list[Any]) -> VisionInputs | None:
+        if not images:
+            return None
+        if self.vision is None:
+            raise ValueError(f"expected no images for a text model, got {len(images)} (images)")
+        if self.image_processor is None:
+            raise ValueError("expected VisionInputs, because the engine has no image processor, got images (images)")
+        outputs = [self.image_processor(images=[load_image(image)], return_tensors="pt") for image in images]
+        return VisionInputs(
+            torch.cat([output["pixel_values"] for output in outputs]),
+            torch.cat([output["image_grid_thw"] for output in outputs]),
+        )
+
+    def _split_images(self, vision: VisionInputs | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """-> one grid int64 [3] and one float [patches, patch_dim] an image, checked against each other."""
+        if vision is None:
+            return [], []
+        if self.vision is None:
+            raise ValueError("expected no images for a text model, got VisionInputs (vision)")
+        grids = torch.as_tensor(vision.image_grid_thw, dtype=torch.int64, device="cpu")
+        merge = self.vision.merge_size
+        if grids.dim() != 2 or grids.shape[1] != 3 or (grids < 1).any() or (grids[:, 1:] % merge).any():
+            expected = f"[images, 3] of positive patch counts, height and width multiples of {merge}"
+            raise ValueError(f"expected {expected}, got {grids.tolist()} (image_grid_thw)")
+        pixels, patches = vision.pixel_values, grids.prod(-1)
+        if pixels.dim() != 2 or pixels.shape != (int(patches.sum()), self.vision.patch_dim):
+            expected = f"[{int(patches.sum())}, {self.vision.patch_dim}]"
+            raise ValueError(f"expected {expected}, got {list(pixels.shape)} (pixel_values)")
+        return list(grids), list(pixels.detach().split(patches.tolist()))
+
+    def _expand(self, ids: list[int], tokens: list[int]) -> torch.Tensor:
+        """Repeats the k-th image placeholder tokens[k] times."""
+        ids = torch.tensor(ids, dtype=torch.int64)
+        if self.vision is None:
+            return ids
+        is_image = ids == self.vision.image_token_id
+        if int(is_image.sum()) != len(tokens):
+            raise ValueError(
+                f"expected one placeholder an image, got {int(is_image.sum())} for {len(tokens)} images (prompt)"
+            )
+        repeats = torch.ones_like(ids)
+        repeats[is_image] = torch.tensor(tokens, dtype=torch.int64)
+        return ids.repeat_interleave(repeats)
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        if ids.numel() == 0:
+            raise ValueError("expected at least one token, got none (prompt)")
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(f"expected ids in [0, {self.vocab_size}), got {low if low < 0 else high} (prompt)")
+        video = None if self.vision is None else self.vision.video_token_id
+        if video is not None and (ids == video).any():
+            raise ValueError(f"expected no video placeholders, which are not supported, got id {video} (prompt)")
+
+    def _image_spans(self, ids: torch.Tensor, tokens: list[int]) -> list[tuple[int, int]]:
+        if self.vision is None:
+            return []
+        places = (ids == self.vision.image_token_id).nonzero().flatten().tolist()
+        if len(places) != sum(tokens):
+            raise ValueError(
+                f"expected {sum(tokens)} image placeholders ({tokens} an image), got {len(places)} (prompt): "
+                "token ids must have their placeholders expanded"
+            )
+        spans, taken = [], 0
+        for index, count in enumerate(tokens):
+            span = places[taken : taken + count]
+            if span[-1] - span[0] != count - 1:
+                raise ValueError(f"expected {count} adjacent placeholders, got a gap (image {index})")
+            if spans and sum(spans[-1]) == span[0]:
+                raise ValueError(f"expected a token between two images, got none before image {index} (prompt)")
+            spans.append((span[0], count))
+            taken += count
+        return spans
+
+    def _positions(self, ids: torch.Tensor, grids: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
+        if not grids:
+            return torch.arange(len(ids)).expand(3, -1), len(ids)
+        return self.vision.positions(ids, torch.stack(grids))
+
+    def _boundaries(self, request: Request, ids: torch.Tensor, spans: list[tuple[int, int]]) -> tuple[int, ...]:
+        prefix = request.prefix_len if request.prefix_len is not None else self._system_len(request, ids)
+        if prefix > len(ids):
+            raise ValueError(f"expected at most the prompt's {len(ids)} tokens, got {prefix} (prefix_len)")
+        for index, (start, count) in enumerate(spans):
+            if start < prefix < start + count:
+                raise ValueError(
+                    f"expected a prefix that does not cut image {index} at {start}, got {prefix} (prefix_len)"
+                )
+        return (len(ids),) if prefix in (0, len(ids)) else (prefix, len(ids))
+
+    def _system_len(self, request: Request, ids: torch.Tensor) -> int:
+        """Tokens of a leading system message; 0 if the template cannot render it alone as a prefix."""
+        prompt = request.prompt
+        if (
+            isinstance(prompt, (str, torch.Tensor))
+            or not isinstance(prompt[0], Mapping)
+            or prompt[0]["role"] != "system"
+        ):
+            return 0
+        try:
+            text = self._render([_lift_images(prompt[:1])[0][0]], generation=False)
+        except ValueError:  # templates may refuse a conversation without a user
+            return 0
+        prefix = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        return len(prefix) if torch.equal(ids[: len(prefix)], prefix) else 0
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A tokenizer and an image processor side by side; transformers' own classes may need torchvision."""
+
+    tokenizer: Any
+    image_processor: Any = None
+
+
+def load_processor(path: Any, has_vision: bool) -> Processor:
+    """The tokenizer of a saved model, and its PIL image processor for a vision-language model."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return Processor(tokenizer, AutoImageProcessor.from_pretrained(path, use_fast=False) if has_vision else None)
+
+
+def _lift_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict], list[Any]]:
+    """Takes the images out of message items `{"type": "image", "image": ...}`, in order."""
+    lifted, images = [], []
+    for message in messages:
+        if not isinstance(message, Mapping) or "role" not in message:
+            raise ValueError(f"expected messages with a role, got {message!r} (prompt)")
+        content = message.get("content")
+        if not isinstance(content, (list, tuple)):
+            lifted.append(dict(message))
+            continue
+        items = []
+        for item in content:
+            if isinstance(item, Mapping) and item.get("type") == "image":
+                if item.get("image") is not None:
+                    images.append(item["image"])
+                item = {"type": "image"}
+            items.append(item)
+        lifted.append({**message, "content": items})
+    return lifted, images
+
+
+def _is_plain_text(request: Request) -> bool:
+    """Chat templates write their own special tokens; plain text gets the tokenizer's."""
+    return isinstance(request.prompt, str)

@@ -1,0 +1,113 @@
+"""Runs the model for one step: prompts into KV, last tokens into next tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from foveate.kernels import sampling
+from foveate.kernels.sampling import SampleOutput
+from foveate.rollout.config import EngineConfig
+from foveate.rollout.models.decoder import Decoder
+from foveate.rollout.models.spec import ModelSpec
+from foveate.rollout.models.weights import Weights
+from foveate.rollout.planner import Planner
+from foveate.rollout.scheduler import Group, Sequence
+from foveate.rollout.segments import Segment
+from foveate.rollout.vision import VisionEncoder
+
+
+class Runner:
+    """Owns the KV pool, float [2, layers, pages, page_size, kv_heads, head_dim], and drives the decoder."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, config: EngineConfig, num_pages: int):
+        self.config = config
+        self.weights = weights
+        self.device = weights.device
+        self.decoder = Decoder(spec, weights, config.backend)
+        self.planner = Planner(config.page_size, self.device)
+        self.vision = None
+        if spec.vision is not None:
+            self.vision = VisionEncoder(spec.vision, weights.dtype, config.vision_cache_memory)
+        # Zeros, not empty: on a CPU the system then commits memory as pages are first written.
+        shape = (2, spec.num_layers, num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
+        self.kv_pool = torch.zeros(shape, dtype=weights.dtype, device=self.device)
+
+    def prefill(self, groups: list[Group]) -> int:
+        """Computes the segments of the groups' prompts that have no KV yet; returns their number of tokens."""
+        segments = list(dict.fromkeys(s for group in groups for s in group.path if s.length == 0))
+        if not segments:
+            return 0
+        for segment in segments:
+            segment.length = segment.span[1] - segment.span[0]
+        plan = self.planner.prefill(segments)
+        positions = torch.cat([s.prompt.positions[:, slice(*s.span)] for s in segments], dim=1)
+        hidden = self.decoder(self._embed(segments), positions.to(self.device), self.kv_pool, plan, decode=False)
+        end = 0
+        for segment in segments:
+            end += segment.length
+            segment.last_hidden = hidden[end - 1].clone()
+        return end
+
+    def first_tokens(self, groups: list[Group]) -> SampleOutput:
+        """Draws the first token of every sample; row order is groups, then their samples."""
+        last = torch.stack([group.path[-1].last_hidden for group in groups])
+        counts = torch.tensor([len(group.sequences) for group in groups], device=self.device)
+        return self._sample(last.repeat_interleave(counts, dim=0), [s for g in groups for s in g.sequences])
+
+    def decode(self, sequences: list[Sequence]) -> SampleOutput:
+        """Feeds each sequence's last token and draws its next one."""
+        plan = self.planner.decode(sequences)
+        tokens = torch.tensor([sequence.token_ids[-1] for sequence in sequences], device=self.device)
+        positions = torch.tensor([sequence.next_position for sequence in sequences], device=self.device)
+        embedded = F.embedding(tokens, self.weights.embed)
+        hidden = self.decoder(embedded, positions.expand(3, -1), self.kv_pool, plan, decode=True)
+        for sequence in sequences:
+            sequence.leaf.length += 1
+        return self._sample(hidden, sequences)
+
+    def _embed(self, segments: list[Segment]) -> torch.Tensor:
+        """Token embeddings, image placeholders replaced by features. -> float [T, hidden]"""
+        tokens = torch.cat([s.prompt.token_ids[slice(*s.span)] for s in segments])
+        hidden = F.embedding(tokens.to(self.device), self.weights.embed)
+        spans = []  # (row of the image's first token, image)
+        row = 0
+        for segment in segments:
+            start, stop = segment.span
+            spans += [(row + i.start - start, i) for i in segment.prompt.images if start <= i.start < stop]
+            row += stop - start
+        if spans:
+            features = self.vision.encode([image for _, image in spans])
+            for row, image in spans:
+                hidden[row : row + image.num_tokens] = features[image.content_hash]
+        return hidden
+
+    def _sample(self, hidden: torch.Tensor, sequences: list[Sequence]) -> SampleOutput:
+        params = [sequence.group.request.sampling for sequence in sequences]
+
+        def column(values, dtype=torch.float32) -> torch.Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=self.device)
+
+        return sampling.sample_from_hidden(
+            hidden,
+            self.weights.lm_head,
+            bias=self.weights.lm_head_bias,
+            temperature=column(p.temperature for p in params),
+            top_k=column((p.top_k for p in params), torch.int64) if any(p.top_k for p in params) else None,
+            top_p=column(p.top_p for p in params) if any(p.top_p < 1 for p in params) else None,
+            min_p=column(p.min_p for p in params) if any(p.min_p for p in params) else None,
+            seeds=column((s.seed for s in sequences), torch.int64),
+            steps=column((len(s.token_ids) for s in sequences), torch.int64),
+            banned=_bans(sequences),
+            backend=self.config.backend,
+        )
+
+
+def _bans(sequences: list[Sequence]) -> torch.Tensor:
+    """bool [vocab] if all rows agree, else [N, vocab]."""
+    rows = []
+    for sequence in sequences:
+        group = sequence.group
+        early = len(sequence.token_ids) < group.request.sampling.min_tokens
+        rows.append(group.banned_early if early else group.banned)
+    return rows[0] if all(row is rows[0] for row in rows) else torch.stack(rows)

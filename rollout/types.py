@@ -1,0 +1,148 @@
+"""The values that cross the engine's border: requests in, groups of rollouts out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from foveate.rollout.config import SamplingParams, require
+
+FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+
+
+@dataclass(frozen=True)
+class VisionInputs:
+    """A trainer's own image inputs, as its processor made them.
+
+    pixel_values: float [patches, channels * temporal_patch * patch * patch], all images concatenated.
+    image_grid_thw: int [images, 3], patches of each image in time, height and width.
+    """
+
+    pixel_values: torch.Tensor
+    image_grid_thw: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One prompt with its images, to be completed `n` times: one group.
+
+    prompt: text, chat messages, or token ids whose image placeholders are already expanded.
+    images: PIL images, arrays uint8 [height, width, 3] or paths, in the order of their placeholders.
+    vision: ready image inputs instead of `images`. prefix_len: tokens at the start of the prompt that other
+    requests share; None takes the end of a leading system message. request_id: None lets the engine name it.
+    metadata: the caller's own, handed back with the group (rewards read it).
+    """
+
+    prompt: str | Sequence[int] | Sequence[Mapping[str, Any]] | torch.Tensor
+    images: Sequence[Any] = ()
+    vision: VisionInputs | None = None
+    n: int = 1
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    request_id: str | None = None
+    prefix_len: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        name = f"request {self.request_id!r}: " if self.request_id is not None else ""
+        require(isinstance(self.n, int) and self.n >= 1, f"{name}an int >= 1", self.n, "n")
+        require(
+            self.vision is None or len(self.images) == 0,
+            f"{name}images or vision, not both",
+            len(self.images),
+            "images",
+        )
+        require(
+            self.prefix_len is None or self.prefix_len >= 0,
+            f"{name}prefix_len >= 0",
+            self.prefix_len,
+            "prefix_len",
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """One completion. All tensors are contiguous CPU tensors of length T, the number of tokens drawn.
+
+    token_ids: int64 [T], the stop token that ended it included. logprobs: float32 [T], log-softmax(logits /
+    temperature) of the drawn token over the whole vocabulary. log_kept: float32 [T], log mass of the set it
+    was drawn from. entropy: float32 [T], nats. The behaviour log-probability is `logprobs - log_kept`.
+    stop_token_id: the id that ended it, if one did. weight_versions: (start, end, version) token spans.
+    text: without stop string and special tokens ("" when the engine has no tokenizer).
+    """
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    log_kept: torch.Tensor
+    entropy: torch.Tensor
+    finish_reason: FinishReason
+    stop_token_id: int | None = None
+    weight_versions: tuple[tuple[int, int, int], ...] = ()
+    text: str = ""
+
+    @property
+    def behaviour_logprobs(self) -> torch.Tensor:
+        """float32 [T], log-probability under the distribution that was really sampled."""
+        return self.logprobs - self.log_kept
+
+
+@dataclass(frozen=True, eq=False)
+class SiteKeep:
+    """What one pruning site kept of a prompt's image tokens. CPU tensors.
+
+    kind: "patch", "encoder" or "layer". layer: first decoder layer that no longer sees the dropped tokens.
+    num_tokens: int32 [images]. kept: int32 [K], image-local indices of merged tokens in raster order,
+    ascending; kept_offsets: int32 [images + 1]. merge_offsets, merge_source: int32 and merge_weight:
+    float32 where tokens were merged, else None.
+    """
+
+    kind: Literal["patch", "encoder", "layer"]
+    layer: int
+    num_tokens: torch.Tensor
+    kept: torch.Tensor
+    kept_offsets: torch.Tensor
+    merge_offsets: torch.Tensor | None = None
+    merge_source: torch.Tensor | None = None
+    merge_weight: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class KeepPlan:
+    """The policy that pruning chose for one prompt, to be replayed by a trainer and never recomputed.
+
+    positions: int32 [3, P'], original positions of the prompt tokens that enter layer 0. next_position:
+    where text continues.
+    """
+
+    config_hash: str
+    method: str
+    sites: tuple[SiteKeep, ...]
+    positions: torch.Tensor
+    next_position: int
+    language_version: int
+    vision_version: int
+
+
+@dataclass(frozen=True, eq=False)
+class RolloutGroup:
+    """The n rollouts of one request, and the prompt exactly as the model saw it.
+
+    prompt_ids: int64 [P], placeholders expanded. prompt_positions: int32 [3, P] (time, height, width; equal
+    planes for text). next_position: position of the first completion token. image_grid_thw: int64 [images, 3].
+    pixel_values: the patches the tower saw, None without images. segments: int32, lengths of the prompt's
+    segments. keep: what pruning kept, None without pruning. error: why this request failed, else None.
+    """
+
+    request: Request
+    request_id: str
+    prompt_ids: torch.Tensor
+    prompt_positions: torch.Tensor
+    next_position: int
+    segments: torch.Tensor
+    rollouts: tuple[Rollout, ...]
+    image_grid_thw: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    keep: KeepPlan | None = None
+    error: ValueError | None = None

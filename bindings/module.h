@@ -1,0 +1,6 @@
+// Each family's entry into the Python module; defined in bindings/<family>.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+void register_pages(pybind11::module_& m);

@@ -1,0 +1,91 @@
+"""Philox4x32-10 against its authors' known answers and against a plain-Python generator written here."""
+
+import doctest
+
+import pytest
+import torch
+from foveate.kernels.sampling import philox
+
+RANDOM123 = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def plain_philox(counter, key):
+    a, b, c, d = counter
+    for i in range(10):
+        k0, k1 = (key[0] + i * 0x9E3779B9) % 2**32, (key[1] + i * 0xBB67AE85) % 2**32
+        (hi0, lo0), (hi1, lo1) = divmod(0xD2511F53 * a, 2**32), divmod(0xCD9E8D57 * c, 2**32)
+        a, b, c, d = hi1 ^ b ^ k0, lo1, hi0 ^ d ^ k1, lo0
+    return a, b, c, d
+
+
+def plain_word(seed, step, token):
+    return plain_philox((token // 4, step, 0, 0), (seed % 2**32, seed % 2**64 >> 32))[token % 4]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), RANDOM123)
+def test_random123_vectors(counter, key, expected):
+    assert plain_philox(counter, key) == expected
+    assert philox.philox4x32(counter, key) == expected
+    tensors = philox.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+    assert tuple(int(word) for word in tensors) == expected
+
+
+def test_docstring_answers():
+    assert doctest.testmod(philox) == (0, 3)
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63, 2**64 - 1, 2**64 + 5, 0x123456789ABCDEF0, -(2**70)])
+@pytest.mark.parametrize("index", [0, 1, 7, 2**32 - 1])
+def test_derived_seeds(seed, index):
+    key = (seed % 2**32, seed % 2**64 // 2**32)
+    for function, domain in ((philox.sample_seed, 0xF0), (philox.request_seed, 0xF1)):
+        low, high, _, _ = plain_philox((index, 0, 0, domain), key)
+        assert function(seed, index) == low + 2**32 * high
+
+
+@pytest.mark.parametrize("index", [-1, 2**32])
+def test_derived_seed_index_out_of_range(index):
+    with pytest.raises(ValueError, match=r"expected 0 <= index < 2\^32, got"):
+        philox.sample_seed(0, index)
+
+
+SEEDS = [0, 1, -1, -(2**63), 2**63 - 1, 0x0123456789ABCDEF, -0x0123456789ABCDEF]
+STEPS = [0, 1, 2, 2**32 - 1, 5, 1000, 3]
+
+
+def test_token_words():
+    ids = [0, 1, 2, 3, 4, 151_935, 2**22 - 1]
+    cases = [(seed, step, token) for seed, step in zip(SEEDS, STEPS, strict=True) for token in ids]
+    words = philox.token_words(*(torch.tensor(column) for column in zip(*cases, strict=True)))
+    assert words.tolist() == [plain_word(*case) for case in cases]
+
+
+# 5 counters a block: several blocks a row, with a remainder; 13: a row and a part of the next; 10**6: one block.
+@pytest.mark.parametrize("block", [5, 13, 10**6])
+@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 4), (7, 44), (3, 48), (7, 4)])
+def test_fill_complements(monkeypatch, block, rows, width):
+    monkeypatch.setattr(philox, "_BLOCK", block)
+    out = torch.full((rows, width), torch.nan)
+    philox.fill_complements(out, torch.tensor(SEEDS[:rows], dtype=torch.int64), torch.tensor(STEPS[:rows]).long())
+    for row in range(rows):
+        for token in range(width):
+            # 1 - (x + 0.5) / 2^32: exact in double; the fp32 form rounds the integer, then the sum with 0.5.
+            exact = 1 - (plain_word(SEEDS[row], STEPS[row], token) + 0.5) / 2**32
+            assert abs(out[row, token].item() - exact) <= exact * 2**-23
+
+
+def test_fill_complements_of_a_huge_row():
+    width = 4 * (philox._BLOCK * torch.get_num_threads() + 3)
+    out = torch.full((1, width), torch.nan)
+    philox.fill_complements(out, torch.tensor([9]), torch.tensor([4]))
+    for token in (0, width // 2 + 1, width - 17, width - 12, width - 5, width - 1):
+        exact = 1 - (plain_word(9, 4, token) + 0.5) / 2**32
+        assert abs(out[0, token].item() - exact) <= exact * 2**-23

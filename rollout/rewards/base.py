@@ -1,0 +1,84 @@
+"""What a reward is, and the weighted sum of several with its unscorable state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from foveate.rollout.config import require
+from foveate.rollout.types import RolloutGroup
+
+# An errored or aborted completion was cut short from outside: no reward of it describes the policy.
+UNSCORABLE_REASONS = ("error", "abort")
+
+
+class Reward(Protocol):
+    """Scores the rollouts of one group: one float per rollout, None where it cannot be scored.
+
+    A reward may also define `applies(group) -> bool`; where that is False it has no part in the group.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, group: RolloutGroup) -> list[float | None]: ...
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """The rewards of one group, by rollout.
+
+    parts: name of each reward that applies -> one unweighted value per rollout. totals: the weighted sums.
+    None marks a value that could not be had; it must leave the group's baseline and is never a 0.
+    """
+
+    parts: dict[str, list[float | None]]
+    totals: list[float | None]
+
+
+@dataclass(frozen=True)
+class WeightedReward:
+    """Weighted sum of rewards: total_i = sum_k weights[name_k] * part_k,i over the rewards that apply.
+
+    A rollout's total is None if one of its parts with a non-zero weight is None, if no reward applies, or
+    if it ended with "error" or "abort". A reward that does not apply adds 0 and has no entry in the parts.
+    Raises ValueError unless names are unique and `weights` has exactly these names.
+    """
+
+    rewards: Sequence[Reward]
+    weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        names = [reward.name for reward in self.rewards]
+        require(len(set(names)) == len(names), "rewards with different names", names, "rewards")
+        require(set(names) == set(self.weights), f"weights for {sorted(names)}", sorted(self.weights), "weights")
+
+    def __call__(self, group: RolloutGroup) -> RewardTable:
+        """The parts and totals of one group."""
+        scorable = [rollout.finish_reason not in UNSCORABLE_REASONS for rollout in group.rollouts]
+        parts: dict[str, list[float | None]] = {}
+        for reward in self.rewards:
+            applies = getattr(reward, "applies", None)
+            if applies is not None and not applies(group):
+                continue
+            values = reward(group)
+            require(
+                len(values) == len(scorable),
+                f"{len(scorable)} values",
+                len(values),
+                f"reward {reward.name!r}",
+            )
+            parts[reward.name] = [value if ok else None for value, ok in zip(values, scorable, strict=True)]
+        return RewardTable(parts, [self._total(parts, i) for i in range(len(scorable))])
+
+    def _total(self, parts: Mapping[str, list[float | None]], index: int) -> float | None:
+        total = 0.0
+        for name, values in parts.items():
+            value = values[index]
+            if self.weights[name] == 0:
+                continue
+            if value is None:
+                return None
+            total += self.weights[name] * value
+        return total if parts else None

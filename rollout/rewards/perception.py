@@ -1,0 +1,51 @@
+"""The visual perception reward: what the think part says about the image is true."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from foveate.rollout.config import require
+from foveate.rollout.rewards.grammar import Fact
+from foveate.rollout.rewards.judge import Judge, RuleJudge
+from foveate.rollout.types import RolloutGroup
+
+
+def annotated_facts(group: RolloutGroup) -> tuple[Fact, ...]:
+    """`request.metadata["facts"]` as facts: each entry a `Fact` or a (subject, value) pair of strings."""
+    entries: Sequence = group.request.metadata.get("facts") or ()
+    for entry in entries:
+        pair = isinstance(entry, Fact) or (
+            isinstance(entry, (tuple, list)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
+        )
+        require(
+            pair,
+            "facts or (subject, value) strings",
+            entry,
+            f"metadata['facts'] of request {group.request_id!r}",
+        )
+    return tuple(entry if isinstance(entry, Fact) else Fact(*entry) for entry in entries)
+
+
+class Perception:
+    """The judge's score in [0, 1] of each rollout against the request's annotated facts.
+
+    Applies only to requests that have annotations. None where the judge could not tell. Raises ValueError on
+    a score outside [0, 1] and on annotations that the judge does not understand. Source: the visual
+    perception reward of Perception-R1 (arXiv 2506.07218), with the number of annotations as denominator.
+    """
+
+    name = "perception"
+
+    def __init__(self, judge: Judge | None = None) -> None:
+        self.judge: Judge = RuleJudge() if judge is None else judge
+
+    def applies(self, group: RolloutGroup) -> bool:
+        """Whether the request has annotated facts."""
+        return bool(group.request.metadata.get("facts"))
+
+    def __call__(self, group: RolloutGroup) -> list[float | None]:
+        facts = annotated_facts(group)
+        scores = [self.judge(rollout.text, facts) for rollout in group.rollouts]
+        for score in scores:
+            require(score is None or 0 <= score <= 1, "a score in [0, 1] or None", score, "judge")
+        return scores

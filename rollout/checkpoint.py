@@ -1,0 +1,101 @@
+"""Checkpoints: a directory that `from_pretrained` loads, and beside the weights what training needs to go on.
+
+config.json, model*.safetensors   the model, as save_pretrained writes it
+trainer.safetensors               optimiser state as "optimizer/<key>/<parameter>", generator states as "rng/<device>"
+trainer.json                      step and other plain numbers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from foveate.rollout.config import require
+
+
+def save(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Writes a checkpoint; `directory` appears complete or not at all, and an older one stays until then."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        model.save_pretrained(fresh)  # type: ignore[operator]
+        save_file({**_optimizer_tensors(model, optimizer), **_rng_tensors()}, fresh / "trainer.safetensors")
+        (fresh / "trainer.json").write_text(json.dumps(state, indent=2))
+        _replace(fresh, directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Reads a checkpoint into the same Parameter objects and returns the `state` it was saved with.
+
+    Sets torch's generators of the CPU and of the model's device to where they were. Raises ValueError, before anything
+    has changed, if it is of another model or of another optimiser.
+    """
+    require((directory / "trainer.json").is_file(), "a checkpoint directory", str(directory), "directory")
+    state = json.loads((directory / "trainer.json").read_text())
+    tensors = load_file(directory / "trainer.safetensors")
+    own = dict(model.named_parameters())
+    loaded = dict(type(model).from_pretrained(directory, dtype=model.dtype).named_parameters())  # type: ignore
+    for name, parameter in own.items():
+        other = loaded.get(name)
+        got = None if other is None else (list(other.shape), other.dtype)
+        require(got == (list(parameter.shape), parameter.dtype), f"{list(parameter.shape)}", got, name)
+    found = {name.split("/", 2)[2] for name in tensors if name.startswith("optimizer/")}
+    require(found <= set(own), "optimiser state of this model's parameters", sorted(found - set(own))[:3], "directory")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(loaded[name])
+    _load_optimizer(own, optimizer, tensors)
+    _load_rng(tensors)
+    return state
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"optimizer/{key}/{name}": torch.as_tensor(value).contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    optimizer.state.clear()
+    for full_name, tensor in tensors.items():
+        kind, key, *rest = full_name.split("/", 2)
+        if kind == "optimizer":
+            parameter = parameters[rest[0]]
+            # The tensors of a file may be mapped into memory: the optimiser writes into its own.
+            optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
+
+
+def _rng_tensors() -> dict[str, torch.Tensor]:
+    states = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["rng/cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _load_rng(tensors: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(tensors["rng/cpu"])
+    if "rng/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng/cuda"])
+
+
+def _replace(fresh: Path, directory: Path) -> None:
+    """Renames fresh to directory. A directory cannot be renamed over a full one: that one steps aside first."""
+    aside = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    if directory.exists():
+        os.replace(directory, aside)
+    os.replace(fresh, directory)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,130 @@
+"""The optimiser steps on one batch of rollouts, in micro-batches that add up to the whole batch's loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from foveate.rollout import grpo, metrics, models
+from foveate.rollout.config import require
+from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.policy import Sample, micro_batches, policy_logprobs
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one step learns from. advantages, weights (of each token in the loss): float32 [samples]."""
+
+    samples: list[Sample]
+    advantages: torch.Tensor
+    weights: torch.Tensor
+
+
+class Learner:
+    """Holds the optimiser (AdamW) of a model and applies the GRPO loss.
+
+    ref_model: the frozen policy of the KL term, or None. Raises ValueError for a model with dropout: its log-probs
+    would not be those of the policy that was sampled.
+    """
+
+    def __init__(self, model: nn.Module, ref_model: nn.Module | None, config: GRPOConfig):
+        _refuse_dropout(model)
+        self.model, self.config = model, config
+        self.spec = models.describe(model)
+        self.ref_spec = None if ref_model is None else models.describe(ref_model)
+        self.device = self.spec.lm_head.weight.device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.parameters, config)
+        if config.gradient_checkpointing:
+            # The older name, still the only one in transformers 5.5. Both checkpoint without re-entering autograd.
+            renamed = getattr(model, "activation_checkpointing_enable", None)
+            (renamed or model.gradient_checkpointing_enable)()  # type: ignore[operator]
+
+    def update(self, batch: Batch, rate: float) -> dict[str, float]:
+        """All optimiser steps on one batch at one learning rate, and what they report."""
+        config = self.config
+        parts = list(micro_batches(batch.samples, config.micro_batch_size, config.micro_batch_tokens))
+        fixed: dict[int, dict[str, torch.Tensor]] = {}  # micro-batch -> log-probs that no update changes
+        seen: list[dict[str, torch.Tensor]] = []
+        norms = []
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        was_training = self.model.training
+        self.model.train()  # gradient checkpointing asks for it
+        for _ in range(config.num_updates):
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = []
+            for index, part in enumerate(parts):
+                loss, tokens = self._loss(batch, part, fixed.setdefault(index, {}))
+                loss.backward()
+                losses.append(loss.detach())
+                seen.append(tokens)
+            limit = config.max_grad_norm or math.inf
+            norms.append(nn.utils.clip_grad_norm_(self.parameters, limit, error_if_nonfinite=True))
+            self.optimizer.step()
+        self.model.train(was_training)
+        report = metrics.token_means({name: torch.cat([tokens[name] for tokens in seen]) for name in seen[0]})
+        gaps = torch.cat([logprobs["gap"] for logprobs in fixed.values()])
+        values = torch.stack([torch.stack(losses).sum(), gaps.mean(), gaps.max(), torch.stack(norms).mean()])
+        names = "policy/loss", "policy/logprob_difference_mean", "policy/logprob_difference_max", "optim/grad_norm"
+        return {**report, **dict(zip(names, values.tolist(), strict=True)), "optim/lr": rate}
+
+    def _loss(self, batch: Batch, part: slice, fixed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+        """A micro-batch's share of the batch's loss, and its per-token values [N]."""
+        config, samples = self.config, batch.samples[part]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            policy = policy_logprobs(self.spec, samples)
+            if not fixed:
+                fixed.update(self._fixed_logprobs(samples, policy.logprobs.detach()))
+        lengths = torch.tensor([len(sample.rollout.token_ids) for sample in samples])
+        advantages, weights = (
+            x[part].repeat_interleave(lengths).to(self.device) for x in (batch.advantages, batch.weights)
+        )
+        terms = grpo.token_terms(
+            policy.logprobs,
+            fixed["old"],
+            advantages,
+            config,
+            behaviour_logprobs=fixed["behaviour"],
+            ref_logprobs=fixed.get("ref"),
+        )
+        loss = (weights * (terms.loss + config.kl_coef * terms.kl)).sum()
+        tokens = {name: values.detach() for name, values in terms._asdict().items() if name != "loss"}
+        tokens["entropy"] = policy.entropy.detach()
+        if config.tis_cap is not None:
+            tokens["tis_weight"] = grpo.importance_weights(fixed["old"], fixed["behaviour"], config.tis_cap)
+        return loss, tokens
+
+    @torch.no_grad()
+    def _fixed_logprobs(self, samples: Sequence[Sample], current: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Log-probs float32 [N] of the old, behaviour and reference policies, and |engine - trainer|.
+
+        The first update's own forward is the recomputed old policy: no forward is spent on it.
+        """
+        engine = torch.cat([sample.rollout.logprobs for sample in samples]).to(self.device)
+        behaviour = torch.cat([sample.rollout.behaviour_logprobs for sample in samples]).to(self.device)
+        old = engine if self.config.old_logprobs == "engine" else current
+        fixed = {"old": old, "behaviour": behaviour, "gap": (behaviour - current).abs()}
+        if self.ref_spec is not None:
+            fixed["ref"] = policy_logprobs(self.ref_spec, samples).logprobs
+        return fixed
+
+
+def _optimizer(parameters: Sequence[nn.Parameter], config: GRPOConfig) -> torch.optim.AdamW:
+    """AdamW; biases and norms are not decayed."""
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.adam_eps, fused=True)
+
+
+def _refuse_dropout(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
+        require(not isinstance(rate, float) or rate == 0, "no dropout", rate, name)

@@ -1,0 +1,170 @@
+"""What a training step reports, and where it goes: a JSON line, event files, a line for the reader.
+
+A step's metrics are one flat dict of floats. Means leave out what could not be scored; a key is missing where there is
+nothing to take the mean of.
+
+step                          rollout batches done, this one included
+reward/total, reward/<part>   mean over samples: the weighted sum, and each unweighted part
+group/variance                mean over groups of the variance of the totals (ddof 1)
+group/zero_variance_share     share of the groups of two or more scored samples that teach nothing: all totals equal
+group/failed                  requests the engine could not serve
+sample/unscorable             samples without a total: not in their group's baseline, advantage 0
+completion/length_mean, completion/length_max, completion/truncated_share (ended by length)
+policy/loss                   of the last update, KL term included
+policy/clip_low, policy/clip_high, policy/clip_dual   share of tokens where that bound is active
+policy/kl                     mean estimate of KL(policy || reference); 0 without a reference
+policy/entropy                mean over tokens, nats
+policy/tis_weight             mean truncated importance weight, where it is on
+policy/logprob_difference_mean, policy/logprob_difference_max   |engine - trainer| of the drawn tokens' log-probs,
+                              both over the whole vocabulary, before the first update
+optim/grad_norm               before clipping, mean over the updates; optim/lr
+time/step                     seconds; time/rollout_share, reward, update, sync: of time/step
+throughput/tokens_per_second  completion tokens over time/step
+eval/<key>                    of the evaluation after this step
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foveate.rollout.rewards import RewardTable
+from foveate.rollout.types import Rollout
+
+PRINTED = ("reward/total", "policy/entropy", "policy/logprob_difference_mean", "completion/length_mean", "time/step")
+
+
+class Clock:
+    """Wall time of the named phases of one step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def metrics(self, num_tokens: int) -> dict[str, float]:
+        total = sum(self.seconds.values())
+        shares = {f"time/{name}_share": seconds / total for name, seconds in self.seconds.items()}
+        return {"time/step": total, **shares, "throughput/tokens_per_second": num_tokens / total}
+
+
+def reward_metrics(tables: Sequence[RewardTable]) -> dict[str, float]:
+    """Means of totals and parts, spread within the groups, and what could not be scored."""
+    totals = [[total for total in table.totals if total is not None] for table in tables]
+    values = {"reward/total": [total for group in totals for total in group]}
+    for name in sorted({name for table in tables for name in table.parts}):
+        parts = [part for table in tables for part in table.parts.get(name, ())]
+        values[f"reward/{name}"] = [part for part in parts if part is not None]
+    scored = [torch.tensor(group, dtype=torch.float64) for group in totals if len(group) > 1]
+    values["group/variance"] = [float(group.var()) for group in scored]
+    values["group/zero_variance_share"] = [float(group.min() == group.max()) for group in scored]
+    metrics = {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
+    missing = sum(len(table.totals) for table in tables) - len(values["reward/total"])
+    return {**metrics, "sample/unscorable": float(missing)}
+
+
+def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Lengths of completions, in tokens, and how many were cut."""
+    lengths = [len(rollout.token_ids) for rollout in rollouts]
+    truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
+    return {
+        "completion/length_mean": sum(lengths) / len(lengths),
+        "completion/length_max": float(max(lengths)),
+        "completion/truncated_share": truncated / len(rollouts),
+    }
+
+
+def token_means(tokens: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Mean of each tensor [N] of per-token values, in one transfer from the device."""
+    means = torch.stack([values.float().mean() for values in tokens.values()])
+    return {f"policy/{name}": mean for name, mean in zip(tokens, means.tolist(), strict=True)}
+
+
+class MetricsLog:
+    """Writes each step's metrics to `metrics.jsonl` in output_dir, to event files, and to the reader.
+
+    total: steps to come, None if unknown. progress: "auto", "rich", "plain" or "none", as in `GRPOConfig`. A resumed
+    run appends: of two lines for one step the later stands. Raises ImportError for a missing extra that was asked for.
+    """
+
+    def __init__(
+        self, output_dir: Path | None, total: int | None, done: int, progress: str, every: int, tensorboard: bool
+    ):
+        self.total, self.every = total, every
+        self._file = self._events = self._bar = None
+        if progress == "auto":
+            progress = "rich" if find_spec("rich") and sys.stderr.isatty() else "plain"
+        self._prints = progress == "plain"
+        rich = _extra("rich.progress", 'progress="rich"') if progress == "rich" else None
+        if tensorboard:
+            if output_dir is None:
+                raise ValueError("expected an output_dir for tensorboard=True, got None (output_dir)")
+            _extra("tensorboard", "tensorboard=True")
+            self._events = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(output_dir))
+        if output_dir is not None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self._file = (output_dir / "metrics.jsonl").open("a")
+        if rich is not None:
+            self._bar = _rich_bar(rich, total, done)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for part, close in ((self._file, "close"), (self._events, "close"), (self._bar, "stop")):
+            if part is not None:
+                getattr(part, close)()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Records one step; it is on disk when this returns."""
+        if self._file is not None:
+            self._file.write(json.dumps(metrics) + "\n")
+            self._file.flush()
+        if self._events is not None:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], advance=1)
+        if step % self.every == 0:
+            self._tell(self._line(step, metrics))
+
+    def _tell(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(line, highlight=False)
+        elif self._prints:
+            print(line, flush=True)
+
+    def _line(self, step: int, metrics: Mapping[str, float]) -> str:
+        names = [*PRINTED, *(name for name in metrics if name.startswith("eval/"))]
+        parts = [f"{name} {metrics[name]:.4g}" for name in names if name in metrics]
+        return "  ".join([f"step {step}" + (f"/{self.total}" if self.total else ""), *parts])
+
+
+def _rich_bar(rich: Any, total: int | None, done: int) -> Any:
+    console = importlib.import_module("rich.console").Console(stderr=True)
+    columns = (rich.TextColumn("training"), rich.BarColumn(), rich.MofNCompleteColumn(), rich.TimeRemainingColumn())
+    bar = rich.Progress(*columns, console=console)
+    bar.add_task("training", total=total, completed=done)
+    bar.start()
+    return bar
+
+
+def _extra(module: str, option: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(f"{option} needs the package {package}: pip install 'foveate[train]'") from error

@@ -1,0 +1,200 @@
+"""GRPO on the engine's own rollouts: the loop, checkpoints, evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from foveate.kernels.policy_loss import group_advantage
+from foveate.rollout import checkpoint, grpo, metrics
+from foveate.rollout.config import require
+from foveate.rollout.engine import Engine
+from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.learner import Batch, Learner
+from foveate.rollout.policy import Sample
+from foveate.rollout.rewards import RewardTable
+from foveate.rollout.types import Request, RolloutGroup
+
+logger = logging.getLogger("foveate.trainer")
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """What one step made. tables: the rewards of each group, None for a request that failed."""
+
+    step: int
+    groups: list[RolloutGroup]
+    tables: list[RewardTable | None]
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """Generate, score, update, with an engine that reads this model's own parameters.
+
+    model: the module the engine was made with. reward: a group's `RewardTable` (`foveate.rollout.rewards`).
+    ref_model: the frozen policy of the KL term, needed where kl_coef > 0. evaluate: called with the step count after
+    every eval_every steps; its floats are reported as eval/<key>. output_dir: metrics.jsonl and checkpoints go there.
+    callbacks: called with each `StepRecord`. Raises ValueError for a model the engine does not know, and for one with
+    dropout: its log-probs would not be those of the policy that was sampled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        engine: Engine,
+        reward: Callable[[RolloutGroup], RewardTable],
+        config: GRPOConfig | None = None,
+        *,
+        ref_model: nn.Module | None = None,
+        evaluate: Callable[[int], dict[str, float]] | None = None,
+        output_dir: str | Path | None = None,
+        callbacks: Sequence[Callable[[StepRecord], None]] = (),
+    ):
+        self.config = config = config or GRPOConfig()
+        require(config.kl_coef == 0 or ref_model is not None, "a model for kl_coef > 0", None, "ref_model")
+        require(config.save_every == 0 or output_dir is not None, "a path for save_every > 0", None, "output_dir")
+        require(config.eval_every == 0 or evaluate is not None, "a function for eval_every > 0", None, "evaluate")
+        self.model, self.engine, self.reward = model, engine, reward
+        self.learner = Learner(model, ref_model, config)
+        self.evaluate, self.callbacks = evaluate, list(callbacks)
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.step = 0
+
+    def train(self, prompts: Sequence[Request] | Iterable[Request]) -> None:
+        """Runs until max_steps, or once through the prompts.
+
+        A sequence is shuffled anew each epoch, by (seed, epoch), and continues at the current step; any other
+        iterable is consumed in order, and after a resume the caller hands over what is left.
+        """
+        config, total = self.config, self._num_steps(prompts)
+        log_options = config.progress, config.log_every, config.tensorboard
+        with metrics.MetricsLog(self.output_dir, total, self.step, *log_options) as log:
+            for requests in self._batches(prompts):
+                record = self.train_step(requests)
+                if config.eval_every and self.step % config.eval_every == 0:
+                    record.metrics.update({f"eval/{key}": value for key, value in self._evaluate().items()})
+                log.write(self.step, record.metrics)
+                for callback in self.callbacks:
+                    callback(record)
+                if config.save_every and self.step % config.save_every == 0:
+                    self.save_checkpoint(self.output_dir / f"step-{self.step}")  # type: ignore[operator]
+
+    def train_step(self, requests: Sequence[Request]) -> StepRecord:
+        """One rollout batch and its updates: generate, reward, update, tell the engine."""
+        clock = metrics.Clock()
+        with clock.phase("rollout"):
+            groups = self.engine.generate(self._seeded(requests), progress=False)
+        with clock.phase("reward"):
+            tables = [None if group.error else self._score(group) for group in groups]
+            batch = self._batch(groups, tables)
+        with clock.phase("update"):
+            report = self.learner.update(batch, grpo.learning_rate(self.config, self.step))
+        with clock.phase("sync"):
+            self.engine.update_weights()
+        self.step += 1
+        rollouts = [sample.rollout for sample in batch.samples]
+        report |= metrics.reward_metrics([table for table in tables if table is not None])
+        report |= metrics.completion_metrics(rollouts)
+        report |= clock.metrics(sum(len(rollout.token_ids) for rollout in rollouts))
+        report |= {"step": float(self.step), "group/failed": float(sum(table is None for table in tables))}
+        return StepRecord(self.step, groups, tables, report)
+
+    def save_checkpoint(self, directory: str | Path) -> None:
+        """Writes model (for `from_pretrained`), optimiser, step and generators; complete or not at all."""
+        state = {"step": self.step, "num_requests": self.engine.num_requests, "config": asdict(self.config)}
+        checkpoint.save(Path(directory), self.model, self.learner.optimizer, state)
+
+    def load_checkpoint(self, directory: str | Path) -> None:
+        """Continues where `save_checkpoint` stopped: the next step is that of the uninterrupted run."""
+        state = checkpoint.load(Path(directory), self.model, self.learner.optimizer)
+        self.step, self.engine.num_requests = state["step"], state["num_requests"]
+        self.engine.update_weights()
+
+    def _score(self, group: RolloutGroup) -> RewardTable:
+        """The group's rewards, with None for a rollout that has no tokens to learn from."""
+        table = self.reward(group)
+        name, count = f"reward of request {group.request_id!r}", len(group.rollouts)
+        require(len(table.totals) == count, f"{count} totals", len(table.totals), name)
+        for part, values in {**table.parts, "total": table.totals}.items():
+            finite = all(value is None or math.isfinite(value) for value in values)
+            require(finite, f"finite values of {part!r} or None", values, name)
+        learnable = [len(r.token_ids) > 0 and r.finish_reason != "error" for r in group.rollouts]
+        totals = [total if ok else None for total, ok in zip(table.totals, learnable, strict=True)]
+        return replace(table, totals=totals)
+
+    def _batch(self, groups: Sequence[RolloutGroup], tables: Sequence[RewardTable | None]) -> Batch:
+        samples: list[Sample] = []
+        totals: list[float | None] = []
+        offsets = [0]
+        for group, table in zip(groups, tables, strict=True):
+            if table is None:
+                logger.warning("request %r failed and is skipped: %s", group.request_id, group.error)
+                continue
+            for rollout, total in zip(group.rollouts, table.totals, strict=True):
+                if len(rollout.token_ids):
+                    samples.append(Sample(group, rollout))
+                    totals.append(total)
+            offsets.append(len(samples))
+        if not samples:
+            errors = [group.error for group in groups if group.error]
+            raise RuntimeError(f"expected rollouts to learn from, got none of {len(groups)} requests: {errors[:1]}")
+        advantages = group_advantage(
+            torch.tensor([0.0 if total is None else total for total in totals], dtype=torch.float64),
+            torch.tensor(offsets, dtype=torch.int32),
+            ddof=self.config.advantage_ddof,
+            eps=self.config.advantage_eps,
+            scorable=torch.tensor([total is not None for total in totals]),
+        )
+        lengths = torch.tensor([len(sample.rollout.token_ids) for sample in samples])
+        weights = grpo.sample_weights(lengths, self.config.aggregation, self.config.aggregation_length)
+        return Batch(samples, advantages, weights)
+
+    def _batches(self, prompts: Sequence[Request] | Iterable[Request]) -> Iterator[list[Request]]:
+        size, limit = self.config.prompts_per_step, self.config.max_steps
+        if not isinstance(prompts, Sequence):
+            iterator = iter(prompts)
+            while (limit is None or self.step < limit) and (batch := list(islice(iterator, size))):
+                yield batch
+            return
+        require(len(prompts) > 0, "at least one request", 0, "prompts")
+        per_epoch = math.ceil(len(prompts) / size)
+        while self.step < (limit or per_epoch):
+            epoch, index = divmod(self.step, per_epoch)
+            generator = torch.Generator().manual_seed(_seed(self.config.seed, "epoch", epoch))
+            order = torch.randperm(len(prompts), generator=generator).tolist()
+            yield [prompts[i] for i in order[index * size : (index + 1) * size]]
+
+    def _num_steps(self, prompts: Sequence[Request] | Iterable[Request]) -> int | None:
+        if self.config.max_steps is not None or not isinstance(prompts, Sequence):
+            return self.config.max_steps
+        return math.ceil(len(prompts) / self.config.prompts_per_step)
+
+    def _seeded(self, requests: Sequence[Request]) -> list[Request]:
+        """Gives each request without a seed one of (seed, step, place): rollouts do not depend on evaluations."""
+        return [
+            request
+            if request.sampling.seed is not None
+            else replace(
+                request,
+                sampling=replace(request.sampling, seed=_seed(self.config.seed, self.step, index)),
+            )
+            for index, request in enumerate(requests)
+        ]
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.evaluate is not None
+        with torch.no_grad():
+            return {key: float(value) for key, value in self.evaluate(self.step).items()}
+
+
+def _seed(*parts: object) -> int:
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")

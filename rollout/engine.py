@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -19,12 +19,10 @@ from foveate.rollout.models.weights import Weights
 from foveate.rollout.pages import PagePool
 from foveate.rollout.processor import PromptProcessor, load_processor
 from foveate.rollout.progress import track
-from foveate.rollout.runner import Runner
-from foveate.rollout.scheduler import Group, Scheduler
+from foveate.rollout.runner import Runner, num_pages
+from foveate.rollout.scheduler import Batch, Group, Scheduler
 from foveate.rollout.segments import SegmentTree
 from foveate.rollout.types import Request, RolloutGroup
-
-CPU_KV_MEMORY = 1 << 30  # bytes
 
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
@@ -35,6 +33,14 @@ class RequestError(ValueError):
     def __init__(self, message: str, groups: list[RolloutGroup]):
         super().__init__(message)
         self.groups = groups
+
+
+def _promised(name: str) -> Callable[..., NoReturn]:
+    def method(*_: Any, **__: Any) -> NoReturn:
+        raise NotImplementedError(f"Engine.{name} comes with a later release")
+
+    method.__name__, method.__doc__ = name, "Comes with a later release; raises NotImplementedError."
+    return method
 
 
 class Engine:
@@ -62,7 +68,7 @@ class Engine:
         self.weight_version = 0
         self.vision_version = 0
         self.num_requests = 0  # added so far: the seed of a request that brings none depends on it
-        pool = PagePool(self._num_pages(device))
+        pool = PagePool(num_pages(self.spec, self._weights, self.config))
         self._tree = SegmentTree(pool, self.config.page_size)
         self._scheduler = Scheduler(self.config, self._tree)
         self._runner = Runner(self.spec, self._weights, self.config, pool.num_pages)
@@ -132,19 +138,17 @@ class Engine:
         start = time.perf_counter()
         self._weights.check()
         batch = self._scheduler.next((self.weight_version, self.vision_version))
-        with torch.no_grad(), torch.autocast(self._weights.device.type, enabled=False):
-            if batch.groups:
-                sequences = [sequence for group in batch.groups for sequence in group.sequences]
-                self._counts["prefilled_tokens"] += self._runner.prefill(batch.groups)
-                output.record(sequences, self._runner.first_tokens(batch.groups))
-            elif batch.sequences:
-                for sequence in batch.sequences:
-                    self._scheduler.grow(sequence)
-                output.record(batch.sequences, self._runner.decode(batch.sequences))
-        self._counts["steps"] += 1
+        try:
+            with torch.no_grad(), torch.autocast(self._weights.device.type, enabled=False):
+                self._run_batch(batch)
+        except BaseException as error:
+            self._fail_running(error)
+            raise
         self._hand_out(self._scheduler.retire())
+        self._counts["steps"] += 1
         self._seconds += time.perf_counter() - start
-        return self._take_outbox()
+        groups, self._outbox = list(self._outbox), deque()
+        return groups
 
     def abort(self, request_id: str) -> None:
         """Ends a request with what it has; its group comes with the next step. ValueError for an unknown id."""
@@ -231,25 +235,11 @@ class Engine:
             "shared_weights": self._weights.shared_bytes,
         }
 
-    def score(self, groups: Iterable[RolloutGroup]) -> NoReturn:
-        """Not in this release."""
-        raise NotImplementedError("Engine.score comes with a later release")
-
-    def interrupt(self) -> NoReturn:
-        """Not in this release."""
-        raise NotImplementedError("Engine.interrupt comes with a later release")
-
-    def resume(self, partial: Any) -> NoReturn:
-        """Not in this release."""
-        raise NotImplementedError("Engine.resume comes with a later release")
-
-    def sleep(self) -> NoReturn:
-        """Not in this release."""
-        raise NotImplementedError("Engine.sleep comes with a later release")
-
-    def wake(self) -> NoReturn:
-        """Not in this release."""
-        raise NotImplementedError("Engine.wake comes with a later release")
+    score = _promised("score")
+    interrupt = _promised("interrupt")
+    resume = _promised("resume")
+    sleep = _promised("sleep")
+    wake = _promised("wake")
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[int, RolloutGroup]]:
         """Yields (index of the request, its group) as groups finish."""
@@ -272,6 +262,22 @@ class Engine:
                 self.abort(request_id)
             self._outbox = deque(group for group in self._outbox if group.request_id not in mine)
 
+    def _run_batch(self, batch: Batch) -> None:
+        if batch.groups:
+            sequences = [sequence for group in batch.groups for sequence in group.sequences]
+            self._counts["prefilled_tokens"] += self._runner.prefill(batch.groups)
+            output.record(sequences, self._runner.first_tokens(batch.groups))
+        elif batch.sequences:
+            for sequence in batch.sequences:
+                self._scheduler.grow(sequence)
+            output.record(batch.sequences, self._runner.decode(batch.sequences))
+
+    def _fail_running(self, error: BaseException) -> None:
+        """After a step that broke off: KV may be half written, so what runs ends; what waits goes on."""
+        for group in {id(s.group): s.group for s in self._scheduler.running}.values():
+            output.fail(group, f"expected the step to end, got {error!r}")
+        self._hand_out(self._scheduler.retire())
+
     def _hand_out(self, groups: list[Group]) -> None:
         for group in groups:
             del self._groups[group.request_id]
@@ -279,11 +285,6 @@ class Engine:
             self._counts["failed" if group.error else "finished"] += 1
             self._counts["tokens"] += sum(len(rollout.token_ids) for rollout in finished.rollouts)
             self._outbox.append(finished)
-
-    def _take_outbox(self) -> list[RolloutGroup]:
-        groups = list(self._outbox)
-        self._outbox.clear()
-        return groups
 
     def _fresh_id(self) -> str:
         index = self.num_requests
@@ -297,14 +298,3 @@ class Engine:
         if changed is None:
             return bool(named) or any(p.requires_grad for p in self.spec.vision.tower.parameters())
         return changed
-
-    def _num_pages(self, device: torch.device) -> int:
-        spec, config = self.spec, self.config
-        page_bytes = 2 * spec.num_layers * config.page_size * spec.num_kv_heads * spec.head_dim
-        page_bytes *= self._weights.dtype.itemsize
-        budget = config.kv_memory
-        if budget is None:
-            budget = CPU_KV_MEMORY if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0] * 0.9)
-        if budget < page_bytes:
-            raise ValueError(f"expected at least one page of {page_bytes} bytes, got {budget} (kv_memory)")
-        return budget // page_bytes

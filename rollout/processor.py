@@ -41,8 +41,8 @@ class Prompt:
         """All images of the prompt together, None without images."""
         if not self.images:
             return None
-        grids = torch.stack([image.grid_thw for image in self.images])
-        return VisionInputs(torch.cat([image.pixel_values for image in self.images]), grids)
+        pixels, grids = [image.pixel_values for image in self.images], [image.grid_thw for image in self.images]
+        return VisionInputs(pixels[0] if len(pixels) == 1 else torch.cat(pixels), torch.stack(grids))
 
 
 class PromptProcessor:
@@ -68,7 +68,7 @@ class PromptProcessor:
         if isinstance(prompt, str):
             ids = self._expand(self.tokenizer(prompt, add_special_tokens=_is_plain_text(request))["input_ids"], tokens)
         else:
-            ids = torch.as_tensor(prompt, dtype=torch.int64)
+            ids = torch.as_tensor(prompt, dtype=torch.int64, device="cpu")
         self._check_ids(ids)
         spans = self._image_spans(ids, tokens)
         inputs = tuple(
@@ -80,6 +80,8 @@ class PromptProcessor:
 
     def _as_text_or_ids(self, request: Request) -> tuple[str | Sequence[int] | torch.Tensor, list[Any]]:
         prompt, images = request.prompt, list(request.images)
+        if isinstance(prompt, np.ndarray):
+            prompt = torch.from_numpy(prompt)
         if isinstance(prompt, torch.Tensor):
             if prompt.dim() != 1 or prompt.is_floating_point():
                 raise ValueError(f"expected integer ids [P], got {prompt.dtype} {list(prompt.shape)} (prompt)")

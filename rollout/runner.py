@@ -16,6 +16,8 @@ from foveate.rollout.scheduler import Group, Sequence
 from foveate.rollout.segments import Segment
 from foveate.rollout.vision import VisionEncoder
 
+CPU_KV_MEMORY = 1 << 30  # bytes
+
 
 class Runner:
     """Owns the KV pool, float [2, layers, pages, page_size, kv_heads, head_dim], and drives the decoder."""
@@ -101,6 +103,18 @@ class Runner:
             banned=_bans(sequences),
             backend=self.config.backend,
         )
+
+
+def num_pages(spec: ModelSpec, weights: Weights, config: EngineConfig) -> int:
+    """How many KV pages the configured memory holds; ValueError if not even one."""
+    page_bytes = 2 * spec.num_layers * config.page_size * spec.num_kv_heads * spec.head_dim * weights.dtype.itemsize
+    budget = config.kv_memory
+    if budget is None:
+        on_cuda = weights.device.type == "cuda"
+        budget = int(torch.cuda.mem_get_info(weights.device)[0] * 0.9) if on_cuda else CPU_KV_MEMORY
+    if budget < page_bytes:
+        raise ValueError(f"expected at least one page of {page_bytes} bytes, got {budget} (kv_memory)")
+    return budget // page_bytes
 
 
 def _bans(sequences: list[Sequence]) -> torch.Tensor:

@@ -10,7 +10,15 @@ from torch import nn
 from foveate.rollout.processor import Processor
 
 FAMILIES = ("llama", "qwen2", "qwen3", "qwen2_5_vl")
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 FIRST_SPECIAL = 256  # ids below are bytes
 VOCAB_SIZE = 271  # a few ids beyond the tokenizer, as real checkpoints have
 CHAT_TEMPLATE = (
@@ -27,7 +35,9 @@ def special_id(token: str) -> int:
     return FIRST_SPECIAL + SPECIAL.index(token)
 
 
-def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, vision: dict | None = None, **text: Any) -> nn.Module:
+def tiny_model(
+    family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, vision: dict | None = None, **text: Any
+) -> nn.Module:
     """A random model of a family with unusual sizes; `text` and `vision` override fields of its configs.
 
     Weights are drawn with standard deviation 0.2: with the usual 0.02 wrong positions leave greedy tokens equal.
@@ -72,7 +82,8 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
 def _vl_config(fields: dict, rope: dict, vision: dict, text: dict):
     import transformers as hf
 
-    head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+    sizes = {**fields, **text}
+    head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
     text_fields = {**fields, "rope_parameters": {**rope, "mrope_section": _mrope_section(head_dim)}, **text}
     vision_fields = dict(
         depth=2,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from foveate.rollout.config import SamplingParams, require
@@ -36,7 +37,7 @@ class Request:
     metadata: the caller's own, handed back with the group (rewards read it).
     """
 
-    prompt: str | Sequence[int] | Sequence[Mapping[str, Any]] | torch.Tensor
+    prompt: str | Sequence[int] | Sequence[Mapping[str, Any]] | torch.Tensor | np.ndarray
     images: Sequence[Any] = ()
     vision: VisionInputs | None = None
     n: int = 1

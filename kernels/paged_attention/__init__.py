@@ -52,6 +52,8 @@ def prefill(
     and sums are float32. Raises ValueError on shapes that do not fit.
     """
     _check(queries, key_pool, plan, "queries")
+    if value_pool.shape != key_pool.shape:
+        raise ValueError(f"expected {list(key_pool.shape)}, got {list(value_pool.shape)} (value_pool)")
     choose("paged_attention", backend)
     return reference.attend(queries, key_pool, value_pool, plan, scale)
 
@@ -73,10 +75,12 @@ def decode(
 
 
 def _check(rows: torch.Tensor, pool: torch.Tensor, plan: StepPlan, argument: str) -> None:
-    if rows.dim() != 3 or rows.shape[0] != plan.num_rows or rows.shape[2] != pool.shape[-1]:
-        expected = f"[{plan.num_rows}, heads, {pool.shape[-1]}]"
-        raise ValueError(f"expected {expected}, got {list(rows.shape)} ({argument})")
     if pool.dim() != 4 or pool.shape[1] != plan.page_size:
         raise ValueError(f"expected [pages, {plan.page_size}, kv_heads, head_dim], got {list(pool.shape)} (pool)")
-    if argument == "queries" and rows.shape[1] % pool.shape[2]:
-        raise ValueError(f"expected heads a multiple of {pool.shape[2]}, got {rows.shape[1]} (queries)")
+    kv_heads, head_dim = pool.shape[2:]
+    heads = rows.shape[1] if argument == "queries" and rows.dim() == 3 else kv_heads
+    if rows.shape != (plan.num_rows, heads, head_dim):
+        expected = f"[{plan.num_rows}, {'heads' if argument == 'queries' else kv_heads}, {head_dim}]"
+        raise ValueError(f"expected {expected}, got {list(rows.shape)} ({argument})")
+    if heads % kv_heads:
+        raise ValueError(f"expected heads a multiple of {kv_heads}, got {heads} (queries)")

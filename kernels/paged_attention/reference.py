@@ -23,11 +23,12 @@ class Batch:
     """Visits of one depth, padded: S segments, M rows and L keys each."""
 
     rows: torch.Tensor  # int64 [S, M]
+    all_rows: bool  # rows are 0..T-1 in order: nothing to gather or scatter
     slots: torch.Tensor | slice  # int64 [S, L], or the one run of slots when S = 1 and its pages are adjacent
     kv_len: torch.Tensor | None  # int64 [S, 1] where keys are padded
     causal: bool
     first: bool  # depth 0: there is nothing to merge with
-    scatter: torch.Tensor | None  # bool [S, M] where rows are padded
+    real: torch.Tensor | None  # int64, which of the S * M rows are not padding; None if all are
 
     @property
     def num_keys(self) -> int:
@@ -47,22 +48,31 @@ def attend(queries, key_pool, value_pool, plan: StepPlan, scale: float) -> torch
     num_rows, num_heads, head_dim = queries.shape
     keys = key_pool.view(-1, *key_pool.shape[2:])  # [slots, kv_heads, head_dim]
     values = value_pool.view(-1, *value_pool.shape[2:])
-    out = queries.new_zeros(num_rows, num_heads, head_dim, dtype=torch.float32)
-    lse = queries.new_full((num_rows, num_heads), -torch.inf, dtype=torch.float32)
+    out = lse = None  # float32 [T, heads, head_dim], [T, heads]
     scaled = queries.float() * scale
     for batch in plan.prepared:
-        k, v = keys[batch.slots], values[batch.slots]  # [S, L, kv_heads, head_dim]
-        if isinstance(batch.slots, slice):
-            k, v = k[None], v[None]
-        part, part_lse = _partial(scaled[batch.rows], k.float(), v.float(), batch)
+        k, v = _gather(keys, batch), _gather(values, batch)  # [S, L, kv_heads, head_dim]
+        q = scaled.view(*batch.rows.shape, num_heads, head_dim) if batch.all_rows else scaled[batch.rows]
+        part, part_lse = _partial(q, k.float(), v.float(), batch)
+        if batch.all_rows:
+            out, lse = (part, part_lse) if out is None else merge(out, lse, part, part_lse)
+            continue
+        if out is None:
+            out = scaled.new_zeros(num_rows, num_heads, head_dim)
+            lse = scaled.new_full((num_rows, num_heads), -torch.inf)
         rows = batch.rows.flatten()
-        if batch.scatter is not None:
-            real = batch.scatter.flatten()
-            rows, part, part_lse = rows[real], part[real], part_lse[real]
+        if batch.real is not None:
+            rows, part, part_lse = rows[batch.real], part[batch.real], part_lse[batch.real]
         if not batch.first:
             part, part_lse = merge(out[rows], lse[rows], part, part_lse)
         out[rows], lse[rows] = part, part_lse
-    return out.to(queries.dtype)
+    return torch.zeros_like(queries) if out is None else out.to(queries.dtype)
+
+
+def _gather(pool: torch.Tensor, batch: Batch) -> torch.Tensor:
+    if isinstance(batch.slots, slice):
+        return pool[None, batch.slots]  # a view
+    return pool.index_select(0, batch.slots.view(-1)).view(*batch.slots.shape, *pool.shape[1:])
 
 
 def merge(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,13 +100,11 @@ def _partial(q, k, v, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         rows = q[:, :, start:stop].reshape(num_segments, kv_heads, -1, head_dim)
         scores = torch.matmul(rows, k[..., :seen])  # [S, kv_heads, tile * group, seen]
         _mask(scores.view(num_segments, kv_heads, stop - start, group, seen), batch, start, num_rows)
-        top = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        part = torch.matmul(weights, v[:, :, :seen]).div_(total)
+        weights = scores.softmax(-1)
         shape = (num_segments, kv_heads, stop - start, group)
-        out[:, start:stop] = part.view(*shape, head_dim).transpose(1, 2)
-        lse[:, start:stop] = (total.log_() + top).view(shape).transpose(1, 2)
+        out[:, start:stop] = torch.matmul(weights, v[:, :, :seen]).view(*shape, head_dim).transpose(1, 2)
+        # The largest weight is e^(its score - lse).
+        lse[:, start:stop] = (scores.amax(-1) - weights.amax(-1).log_()).view(shape).transpose(1, 2)
     return out.view(-1, num_heads, head_dim), lse.view(-1, num_heads)
 
 
@@ -144,14 +152,17 @@ def _batch(plan: StepPlan, visits: list[int], causal: bool, first: bool, device:
         rows[i] = plan.rows_of(visit)[0]
         rows[i, : counts[i]] = plan.rows_of(visit)
     even_rows, even_keys = bool((counts == counts[0]).all()), bool((kv_len == kv_len[0]).all())
-    real = None if even_rows else torch.from_numpy(np.arange(rows.shape[1]) < counts[:, None]).to(device)
+    real = None
+    if not even_rows:
+        real = torch.from_numpy((np.arange(rows.shape[1]) < counts[:, None]).ravel().nonzero()[0]).to(device)
     return Batch(
         rows=torch.from_numpy(rows).to(device),
+        all_rows=np.array_equal(rows.ravel(), np.arange(plan.num_rows)),
         slots=_slots(plan, visits, kv_len, device),
         kv_len=None if even_keys else torch.from_numpy(kv_len[:, None]).to(device),
         causal=causal,
         first=first,
-        scatter=real,
+        real=real,
     )
 
 

@@ -50,12 +50,15 @@ class Decoder:
         heads, kv_heads, head_dim = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
         if len(layer.qkv) > 1:
             q, k, v = (F.linear(x, *part).unflatten(-1, (-1, head_dim)) for part in layer.qkv)
+            qk = torch.cat([q, k], dim=1)
         else:
             qkv = F.linear(x, *layer.qkv[0]).unflatten(-1, (-1, head_dim))
-            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+            qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, layer.eps), rms_norm(k, layer.k_norm, layer.eps)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+            q, k = qk.split([heads, kv_heads], dim=1)
+            qk = torch.cat([rms_norm(q, layer.q_norm, layer.eps), rms_norm(k, layer.k_norm, layer.eps)], dim=1)
+        q, k = rotate(qk, cos, sin).split([heads, kv_heads], dim=1)
+        return q, k, v
 
     def mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
         if len(layer.gate_up) > 1:
@@ -65,7 +68,7 @@ class Decoder:
         return F.linear(self.activation(gate) * up, *layer.down)
 
     def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """int64 [3, T] -> cos, sin [T, 1, head_dim / 2]. Frequencies are the module's own buffer."""
+        """int64 [3, T] -> cos, signed sin [T, 1, head_dim], for `rotate`. Frequencies are the module's own buffer."""
         module = self.spec.decoder.rotary_emb
         frequencies = module.inv_freq.float()  # [head_dim / 2]
         if self.spec.mrope_section is None:
@@ -76,6 +79,7 @@ class Decoder:
             parts = planes.split(list(self.spec.mrope_section), dim=-1)
             angles = torch.cat([part[plane] for plane, part in enumerate(parts)], dim=-1)
         cos, sin = angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
 
@@ -88,6 +92,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [T, heads, head_dim], first half against second half."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    """Rotary embedding of x [T, heads, head_dim]: (a, b) -> (a cos - b sin, b cos + a sin) for its halves a, b."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -17,9 +17,12 @@ def describe(model: nn.Module) -> ModelSpec:
         return list(inner.get_image_features(pixel_values, image_grid_thw, return_dict=True).pooler_output)
 
     def positions(ids: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[torch.Tensor, int]:
-        is_image = (ids == config.image_token_id).int()
-        planes, _ = inner.get_rope_index(ids[None], mm_token_type_ids=is_image[None], image_grid_thw=image_grid_thw)
-        return planes[:, 0], int(planes.max()) + 1
+        # One text token more shows where the completion goes on; transformers before 5.6 gives image tokens
+        # time positions beyond the text that follows, so the largest position says nothing.
+        is_image = torch.cat([ids == config.image_token_id, torch.zeros(1, dtype=torch.bool)]).int()
+        longer = torch.cat([ids, ids.new_zeros(1)])
+        planes, _ = inner.get_rope_index(longer[None], mm_token_type_ids=is_image[None], image_grid_thw=image_grid_thw)
+        return planes[:, 0, :-1], int(planes[0, 0, -1])
 
     return text_spec(
         model,

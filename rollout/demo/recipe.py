@@ -1,0 +1,201 @@
+"""The demo from beginning to end: warm start, GRPO on the engine's rollouts, evaluation, report."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+
+from foveate.rollout.config import EngineConfig
+from foveate.rollout.demo.model import make_model, make_processor
+from foveate.rollout.demo.options import DemoOptions
+from foveate.rollout.demo.record import Arm, DemoRecord, Reply, replies_of
+from foveate.rollout.demo.report import write_report
+from foveate.rollout.demo.scenes import QUESTIONS, Scene, scene_stream
+from foveate.rollout.demo.tasks import Evaluation, evaluate, make_request, make_reward, sample_groups
+from foveate.rollout.demo.threads import step_seconds, thread_count
+from foveate.rollout.demo.warmstart import SupervisedTrainer, WarmStartConfig, warm_start
+from foveate.rollout.engine import Engine
+from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.rewards import WeightedReward
+from foveate.rollout.trainer import StepRecord, Trainer
+
+GROUP_SIZE = 8
+NUM_HELD_OUT = 300
+NUM_STOPPING = 400
+SHOWN_OF_EACH_KIND = 3
+EVALUATE_EVERY = 25  # steps
+
+
+@dataclass(frozen=True)
+class DemoSizes:
+    """What a test makes smaller."""
+
+    held_out: int = NUM_HELD_OUT
+    stopping: int = NUM_STOPPING
+    warm_start: WarmStartConfig = WarmStartConfig()
+
+
+def grpo_config(options: DemoOptions) -> GRPOConfig:
+    """The recipe: one update on the policy's own samples, every sample alike, a rate that falls to zero."""
+    return GRPOConfig(
+        prompts_per_step=16,
+        max_steps=options.steps,
+        learning_rate=3e-4,
+        betas=(0.9, 0.99),
+        warmup_steps=10,
+        schedule="linear",
+        micro_batch_size=16 * GROUP_SIZE,
+        aggregation="sequence",
+        eval_every=min(EVALUATE_EVERY, options.steps),
+        progress="none",
+        seed=options.seed,
+    )
+
+
+class Demo:
+    """One run of the demo; `record` grows as it goes."""
+
+    def __init__(self, options: DemoOptions, sizes: DemoSizes | None = None):
+        self.options, self.sizes = options, sizes or DemoSizes()
+        self.processor = make_processor()
+        self.engine = self._make_engine()
+        held_out = list(itertools.islice(scene_stream("held-out", 0), self.sizes.held_out))
+        config = grpo_config(options)
+        self.record = DemoRecord(
+            seed=options.seed,
+            num_parameters=sum(parameter.numel() for parameter in self.engine.model.parameters()),
+            group_size=GROUP_SIZE,
+            prompts_per_step=config.prompts_per_step,
+            held_out=held_out,
+            showcase=first_of_each_kind(held_out, SHOWN_OF_EACH_KIND),
+        )
+        self.reward = make_reward()
+
+    def run(self) -> DemoRecord:
+        """Everything; prints what it does."""
+        start = time.perf_counter()
+        record, options = self.record, self.options
+        say(f"a Qwen2.5-VL of {record.num_parameters / 1e6:.1f} million parameters learns to read scanned digits")
+        with thread_count(self._choose_threads()):
+            self._warm_start()
+            twin = self._make_engine()
+            twin.model.load_state_dict(self.engine.model.state_dict())
+            self._train("with the perception reward", self.engine, self.reward)
+            if options.ablate:
+                self._train("without the perception reward", twin, make_reward(with_perception=False))
+        self._save_model()
+        record.seconds = time.perf_counter() - start
+        report = write_report(record, options.output)
+        say("")
+        if options.ablate:
+            say(f"without the perception reward, {record.arms[1].result}")
+        say(record.arms[0].result)
+        say(f"report: {report}")
+        say(f"model: {options.output / 'model'} (Engine.from_pretrained loads it)")
+        say(f"done in {record.seconds / 60:.1f} minutes")
+        return record
+
+    def _choose_threads(self) -> int:
+        if self.options.threads is not None:
+            return self.options.threads
+        seconds = step_seconds(self.processor)
+        best = min(seconds, key=seconds.__getitem__)
+        measured = ", ".join(f"{value:.2f} s with {count}" for count, value in seconds.items())
+        say(f"threads: {best} (a training step took {measured})")
+        return best
+
+    def _warm_start(self) -> None:
+        config, record, engine = self.sizes.warm_start, self.record, self.engine
+        say(f"\nsupervised warm start, until {config.enough:.0%} of the stopping set is answered")
+        stopping = list(itertools.islice(scene_stream("stopping", 0), self.sizes.stopping))
+
+        def accuracy() -> float:
+            engine.update_weights()
+            return evaluate(engine, stopping, self.reward).accuracy
+
+        def tell(step: int, loss: float, value: float) -> None:
+            record.warm_start.append((step, loss, value))
+            say(f"  step {step:4d}   loss {loss:.3f}   accuracy {value:.1%}")
+
+        trainer = SupervisedTrainer(engine.model, self.processor, config)
+        warm_start(trainer, scene_stream("train", 2 * self.options.seed), accuracy, tell)
+        record.before_samples = self._sample(engine)
+
+    def _train(self, name: str, engine: Engine, reward: WeightedReward) -> None:
+        """One GRPO run, added to the record."""
+        options, config = self.options, grpo_config(self.options)
+        arm = Arm(name)
+        self.record.arms.append(arm)
+        engine.update_weights()
+
+        def look(step: int) -> dict[str, float]:
+            result = evaluate(engine, self.record.held_out, reward)
+            arm.evaluations.append((step, result))
+            return {"accuracy": result.accuracy, "perception": result.perception, "format": result.format}
+
+        look(0)
+        say(f"\nGRPO {name}: {config.max_steps} steps of {config.prompts_per_step} prompts x {GROUP_SIZE} rollouts")
+        say(f"  held-out accuracy before: {arm.before.accuracy:.1%}")
+        folder = options.output / ("ablation" if len(self.record.arms) > 1 else "grpo")
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        callbacks = [lambda step: arm.metrics.append(step.metrics), ProgressPrinter(config)]
+        trainer = Trainer(engine.model, engine, reward, config, evaluate=look, output_dir=folder, callbacks=callbacks)
+        scenes = scene_stream("train", 2 * options.seed + 1)
+        trainer.train(make_request(scene, GROUP_SIZE) for scene in scenes)
+        if trainer.step % config.eval_every:
+            look(trainer.step)
+        arm.samples = self._sample(engine)
+
+    def _sample(self, engine: Engine) -> list[list[Reply]]:
+        scenes = [self.record.held_out[index] for index in self.record.showcase]
+        groups = sample_groups(engine, scenes, self.reward, GROUP_SIZE, self.options.seed)
+        return [replies_of(group, table) for group, table in groups]
+
+    def _make_engine(self) -> Engine:
+        return Engine(make_model(self.options.seed), self.processor, EngineConfig(seed=self.options.seed))
+
+    def _save_model(self) -> None:
+        folder = self.options.output / "model"
+        for part in (self.engine.model, self.processor.tokenizer, self.processor.image_processor):
+            part.save_pretrained(folder)
+
+
+def first_of_each_kind(scenes: list[Scene], count: int) -> list[int]:
+    """Indices of the first `count` scenes of each kind of question: nothing is picked by its outcome."""
+    found = [[i for i, scene in enumerate(scenes) if scene.kind == kind][:count] for kind in QUESTIONS]
+    return list(itertools.chain.from_iterable(found))
+
+
+class ProgressPrinter:
+    """Prints a line for every evaluation: means over the steps since the last."""
+
+    def __init__(self, config: GRPOConfig):
+        self.config, self.recent, self.start = config, list[dict[str, float]](), time.perf_counter()
+
+    def __call__(self, step: StepRecord) -> None:
+        self.recent.append(step.metrics)
+        if "eval/accuracy" not in step.metrics:
+            return
+        names = {"reward/total": "reward", "reward/perception": "perception", "policy/entropy": "entropy"}
+        means = [
+            f"{label} {sum(metrics[name] for metrics in self.recent) / len(self.recent):.2f}"
+            for name, label in names.items()
+        ]
+        assert self.config.max_steps is not None
+        left = (time.perf_counter() - self.start) / step.step * (self.config.max_steps - step.step)
+        say(
+            f"  step {step.step:4d}/{self.config.max_steps}   {'   '.join(means)}   "
+            f"held-out accuracy {step.metrics['eval/accuracy']:.1%}   {left / 60:.1f} min left"
+        )
+        self.recent.clear()
+
+
+def say(line: str) -> None:
+    """One line for the person who watches."""
+    print(line, flush=True)
+
+
+def run_demo(options: DemoOptions, sizes: DemoSizes | None = None) -> DemoRecord:
+    """Runs the demo as the options say and writes its report."""
+    return Demo(options, sizes).run()

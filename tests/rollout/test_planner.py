@@ -1,0 +1,211 @@
+"""Step plans against a slow construction that walks the path of each row on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foveate.kernels.paged_attention import StepPlan
+from foveate.rollout.planner import Planner
+from foveate.rollout.processor import Prompt
+from foveate.rollout.scheduler import Group, Sequence
+from foveate.rollout.segments import Segment
+from foveate.rollout.types import Request
+
+# (pages, kv_len, depth, causal) -> rows
+Visits = dict[tuple[tuple[int, ...], int, int, bool], list[int]]
+CPU = torch.device("cpu")
+NO_BANS = torch.zeros(0, dtype=torch.bool)
+PROMPT = Prompt(torch.zeros(1, dtype=torch.int64), torch.zeros((3, 1), dtype=torch.int64), 1, (), (1,))
+
+
+def visits_of(plan: StepPlan) -> Visits:
+    """The plan's arrays read back, after a check of types, lengths and offsets; no segment is visited twice."""
+    dtypes = {"visit_pages": np.int32, "visit_page_offsets": np.int32, "visit_kv_len": np.int32, "visit_rows": np.int32}
+    dtypes |= {"visit_row_offsets": np.int32, "visit_depth": np.int32, "visit_causal": np.bool_}
+    for name, dtype in dtypes.items():
+        array = getattr(plan, name)
+        assert array.dtype == dtype, name
+        assert array.ndim == 1, name
+    assert plan.slots.dtype == torch.int64
+    count = len(plan.visit_kv_len)
+    assert plan.num_visits == count == len(plan.visit_depth) == len(plan.visit_causal)
+    assert plan.num_rows == len(plan.slots)
+    for offsets, items in ((plan.visit_page_offsets, plan.visit_pages), (plan.visit_row_offsets, plan.visit_rows)):
+        assert len(offsets) == count + 1
+        assert (offsets[0], offsets[-1]) == (0, len(items))
+        assert (np.diff(offsets) > 0).all()
+    assert plan.visit_depth.tolist() == sorted(plan.visit_depth.tolist())
+    visits: Visits = {}
+    for v in range(count):
+        pages = plan.visit_pages[plan.visit_page_offsets[v] : plan.visit_page_offsets[v + 1]]
+        rows = plan.visit_rows[plan.visit_row_offsets[v] : plan.visit_row_offsets[v + 1]]
+        assert np.array_equal(pages, plan.pages_of(v))
+        assert np.array_equal(rows, plan.rows_of(v))
+        key = (tuple(pages.tolist()), *(array[v].item() for array in _per_visit(plan)))
+        assert key not in visits, "one visit serves all rows"
+        visits[key] = rows.tolist()
+    return visits
+
+
+def _per_visit(plan: StepPlan) -> tuple[np.ndarray, ...]:
+    return plan.visit_kv_len, plan.visit_depth, plan.visit_causal
+
+
+def expected_visits(rows: Iterable[Segment], kv_len: dict[Segment, int]) -> Visits:
+    """rows: each row's own segment. kv_len: tokens of each segment that this step's rows may see."""
+    visits: Visits = {}
+    for row, own in enumerate(rows):
+        above, segment = [], own
+        while segment.parent is not None:
+            segment = segment.parent
+            above.append(segment)
+        for distance, segment in enumerate(above, 1):
+            key = (tuple(segment.pages), kv_len[segment], len(above) - distance, False)
+            visits.setdefault(key, []).append(row)
+        visits.setdefault((tuple(own.pages), kv_len[own], len(above), True), []).append(row)
+    return visits
+
+
+def expected_slots(segment: Segment, first: int, count: int, page_size: int) -> list[int]:
+    """Every slot of the segment in token order, spelled out, then a part of them."""
+    slots = [page * page_size + offset for page in segment.pages for offset in range(page_size)]
+    return slots[first : first + count]
+
+
+class Forest:
+    """Random segments with pages of their own; completions may hold a page more than their tokens need."""
+
+    def __init__(self, page_size: int, seed: int):
+        self.page_size = page_size
+        self.rng = np.random.default_rng(seed)
+        self.pages = self.rng.permutation(1000).tolist()
+
+    def segment(self, parent: Segment | None, length: int, spare_pages: int = 0) -> Segment:
+        count = -(-length // self.page_size) + spare_pages
+        pages = [self.pages.pop() for _ in range(count)]
+        start = int(self.rng.integers(0, 50))
+        return Segment(parent, identity=None, pages=pages, length=length, span=(start, start + length))
+
+    def prompt(self, parents: list[int | None], lengths: list[int]) -> list[Segment]:
+        segments: list[Segment] = []
+        for parent, length in zip(parents, lengths, strict=True):
+            segments.append(self.segment(None if parent is None else segments[parent], length))
+        return segments
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> tuple[Forest, list[Segment]]:
+    """A forest of prompt segments, parents first, up to 4 levels deep."""
+    forest = Forest(draw(st.sampled_from([1, 2, 3, 8, 64])), draw(st.integers(0, 2**16)))
+    size = forest.page_size
+    count = draw(st.integers(1, 8))
+    parents = [draw(st.sampled_from([None, *range(max(0, index - 3), index)])) for index in range(count)]
+    lengths = [draw(st.sampled_from([1, size, size + 1, max(1, size - 1), 3 * size, 7])) for _ in range(count)]
+    return forest, forest.prompt(parents, lengths)
+
+
+@given(forests(), st.data())
+def test_prefill(built, data):
+    """Any subset of the forest is new; the rest was computed before."""
+    forest, segments = built
+    chosen = data.draw(st.sets(st.sampled_from(range(len(segments))), min_size=1))
+    new = [segment for index, segment in enumerate(segments) if index in chosen]
+    plan = Planner(forest.page_size, CPU).prefill(new)
+    rows = [segment for segment in new for _ in range(segment.length)]
+    assert visits_of(plan) == expected_visits(rows, {segment: segment.length for segment in segments})
+    slots = [slot for s in new for slot in expected_slots(s, 0, s.length, forest.page_size)]
+    assert plan.slots.tolist() == slots
+    assert plan.page_size == forest.page_size
+
+
+def running(forest: Forest, path_end: Segment, lengths: Iterable[int]) -> list[Sequence]:
+    """A group below a prompt segment; its samples have `length` tokens stored and room for one more."""
+    group = Group(Request([0]), "", PROMPT, 100, frozenset(), NO_BANS, NO_BANS, path=path_end.path())
+    for length in lengths:
+        leaf = forest.segment(path_end, length, spare_pages=int(length % forest.page_size == 0))
+        group.sequences.append(Sequence(group, seed=0, leaf=leaf))
+    return group.sequences
+
+
+@settings(max_examples=150)
+@given(forests(), st.data())
+def test_decode(built, data):
+    """Groups below any prompt segments, some sharing all or part of their path, in any order of rows."""
+    forest, segments = built
+    sequences: list[Sequence] = []
+    for end in data.draw(st.lists(st.sampled_from(segments), min_size=1, max_size=4)):
+        sequences += running(
+            forest, end, data.draw(st.lists(st.integers(0, 2 * forest.page_size), min_size=1, max_size=4))
+        )
+    sequences = data.draw(st.permutations(sequences))
+    plan = Planner(forest.page_size, CPU).decode(sequences)
+    leaves = [sequence.leaf for sequence in sequences]
+    lengths = {s: s.length for s in segments} | {leaf: leaf.length + 1 for leaf in leaves}
+    expected = {key: sorted(rows) for key, rows in expected_visits(leaves, lengths).items()}
+    assert {key: sorted(rows) for key, rows in visits_of(plan).items()} == expected
+    assert plan.slots.tolist() == [expected_slots(s, s.length, 1, forest.page_size)[0] for s in leaves]
+    assert len(set(plan.slots.tolist())) == len(sequences)
+    assert all(slot // forest.page_size in leaf.pages for slot, leaf in zip(plan.slots.tolist(), leaves, strict=True))
+
+
+def test_prefill_by_hand():
+    """Two children of one prefix in one step, as arrays written down."""
+    prefix = Segment(None, None, pages=[4, 2], length=3, span=(0, 3))
+    left = Segment(prefix, None, pages=[0], length=1, span=(3, 4))
+    right = Segment(prefix, None, pages=[7], length=2, span=(3, 5))
+    plan = Planner(2, CPU).prefill([prefix, left, right])
+    assert plan.slots.tolist() == [8, 9, 4, 0, 14, 15]
+    assert plan.visit_depth.tolist() == [0, 0, 1, 1]
+    assert visits_of(plan) == {
+        ((4, 2), 3, 0, True): [0, 1, 2],
+        ((4, 2), 3, 0, False): [3, 4, 5],
+        ((0,), 1, 1, True): [3],
+        ((7,), 2, 1, True): [4, 5],
+    }
+
+
+def test_decode_by_hand():
+    """Two groups on one prefix, one with a prompt of its own below it."""
+    forest = Forest(2, 0)
+    prefix = Segment(None, None, pages=[5, 1], length=4)
+    own = Segment(prefix, None, pages=[3], length=1)
+    first, second = running(forest, prefix, [])[:0], running(forest, own, [])[:0]
+    groups = [
+        Group(Request([0]), "", PROMPT, 9, frozenset(), NO_BANS, NO_BANS, path=path)
+        for path in ([prefix], [prefix, own])
+    ]
+    first.append(Sequence(groups[0], 0, leaf=Segment(prefix, None, pages=[8], length=1)))
+    second.append(Sequence(groups[1], 0, leaf=Segment(own, None, pages=[9, 6], length=2)))
+    second.append(Sequence(groups[1], 0, leaf=Segment(own, None, pages=[0], length=0)))
+    plan = Planner(2, CPU).decode([*first, *second])
+    assert plan.slots.tolist() == [17, 12, 0]
+    assert plan.visit_depth.tolist() == [0, 1, 1, 2, 2]
+    assert visits_of(plan) == {
+        ((5, 1), 4, 0, False): [0, 1, 2],
+        ((3,), 1, 1, False): [1, 2],
+        ((8,), 2, 1, True): [0],
+        ((9, 6), 3, 2, True): [1],
+        ((0,), 1, 2, True): [2],
+    }
+
+
+def test_decode_of_no_sequence():
+    plan = Planner(4, CPU).decode([])
+    assert (plan.num_rows, plan.num_visits) == (0, 0)
+    assert plan.visit_page_offsets.tolist() == plan.visit_row_offsets.tolist() == [0]
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_decode_writes_behind_what_is_stored(length):
+    """At the start, the middle and the end of a page."""
+    prefix = Segment(None, None, pages=[0], length=1)
+    (sequence,) = running(Forest(2, 0), prefix, [length])
+    plan = Planner(2, CPU).decode([sequence])
+    pages = sequence.leaf.pages
+    assert plan.slots.tolist() == [[2 * pages[0]], [2 * pages[0] + 1], [2 * pages[-1]]][length]

@@ -81,7 +81,7 @@ class LabelGrammar:
 
     def _value(self, tokens: list[str]) -> str | None:
         # Longer digit strings are no readings, and would cost more than linear time.
-        if not tokens or False:
+        if not tokens or len(tokens[0]) > self._MAX_VALUE_CHARS:
             return None
         number = self._NUMBER.fullmatch(tokens[0])
         if number is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -13,7 +14,7 @@ from torch import nn
 
 from foveate.kernels.dispatch import choose
 from foveate.rollout import models, output
-from foveate.rollout.config import EngineConfig
+from foveate.rollout.config import EngineConfig, require
 from foveate.rollout.intake import Intake
 from foveate.rollout.models.weights import Weights
 from foveate.rollout.pages import PagePool
@@ -65,8 +66,7 @@ class Engine:
         if self.config.device is not None and torch.device(self.config.device) != device:
             raise ValueError(f"expected the model's device {device}, got {self.config.device} (device)")
         self._weights = Weights(self.spec, self.config.dtype, self.config.fuse)
-        self.weight_version = 0
-        self.vision_version = 0
+        self.weight_version = self.vision_version = 0
         self.num_requests = 0  # added so far: the seed of a request that brings none depends on it
         pool = PagePool(num_pages(self.spec, self._weights, self.config))
         self._tree = SegmentTree(pool, self.config.page_size)
@@ -76,6 +76,7 @@ class Engine:
         self._intake = Intake(self.config, self.spec, self._processor)
         self._groups: dict[str, Group] = {}  # unfinished, by request id
         self._outbox: deque[RolloutGroup] = deque()  # finished, not handed out yet
+        self._numbers = count()  # for the names of requests that bring none
         self._counts = dict.fromkeys(("finished", "failed", "prefilled_tokens", "tokens", "steps"), 0)
         self._seconds = 0.0
 
@@ -121,17 +122,7 @@ class Engine:
 
     def add_request(self, request: Request) -> str:
         """Queues a request and returns its id; raises ValueError, naming it, if it cannot run."""
-        request_id = request.request_id if request.request_id is not None else self._fresh_id()
-        if request_id in self._groups:
-            raise ValueError(f"request {request_id!r}: expected an id that is not in use (request_id)")
-        try:
-            group = self._intake.admit(request, request_id, self.num_requests)
-            self._scheduler.add(group)
-        except ValueError as error:
-            raise ValueError(f"request {request_id!r}: {error}") from error
-        self._groups[request_id] = group
-        self.num_requests += 1
-        return request_id
+        return self._add(request, self._name(request))
 
     def step(self) -> list[RolloutGroup]:
         """One prefill or one decode step; returns the groups that finished."""
@@ -176,8 +167,7 @@ class Engine:
         vision_changed: None means yes if a parameter of the tower requires a gradient. Raises ValueError
         and changes nothing if a check fails.
         """
-        if in_flight not in ("error", "abort"):
-            raise ValueError(f"expected in_flight 'error' or 'abort', got {in_flight!r} (in_flight)")
+        require(in_flight in ("error", "abort"), "'error' or 'abort'", in_flight, "in_flight")
         if self._groups and in_flight == "error":
             names = sorted(self._groups)[:3]
             raise ValueError(f"expected no unfinished requests, got {len(self._groups)}: {names} ... (in_flight)")
@@ -191,7 +181,7 @@ class Engine:
         else:
             self._weights.copy(prepared)
         self.weight_version += 1
-        if self._vision_changed(named, vision_changed):
+        if self._runner.vision is not None and self._vision_changed(named, vision_changed):
             self.vision_version += 1
             self._runner.vision.clear()
         return self.weight_version
@@ -235,23 +225,20 @@ class Engine:
             "shared_weights": self._weights.shared_bytes,
         }
 
-    score = _promised("score")
-    interrupt = _promised("interrupt")
-    resume = _promised("resume")
-    sleep = _promised("sleep")
-    wake = _promised("wake")
+    score, interrupt, resume, sleep, wake = map(_promised, ("score", "interrupt", "resume", "sleep", "wake"))
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[int, RolloutGroup]]:
         """Yields (index of the request, its group) as groups finish."""
         mine: dict[str, int] = {}
         try:
             for index, request in enumerate(requests):
+                name = self._name(request)
                 try:
-                    mine[self.add_request(request)] = index
+                    mine[self._add(request, name)] = index
                 except ValueError as error:
                     self._counts["failed"] += 1
-                    yield index, output.failed_group(request, request.request_id or self._fresh_id(), error)
-            while mine:
+                    yield index, output.failed_group(request, name, error)
+            while mine and self.has_unfinished:  # a caller's own step() may have taken groups of a stream
                 finished = self.step()
                 self._outbox.extend(group for group in finished if group.request_id not in mine)
                 for group in finished:
@@ -261,6 +248,17 @@ class Engine:
             for request_id in mine.keys() & self._groups.keys():
                 self.abort(request_id)
             self._outbox = deque(group for group in self._outbox if group.request_id not in mine)
+
+    def _add(self, request: Request, request_id: str) -> str:
+        try:
+            require(not self._is_taken(request_id), "an id that is not in use", request_id, "request_id")
+            group = self._intake.admit(request, request_id, self.num_requests)
+            self._scheduler.add(group)
+        except ValueError as error:
+            raise ValueError(f"request {request_id!r}: {error}") from error
+        self._groups[request_id] = group
+        self.num_requests += 1
+        return request_id
 
     def _run_batch(self, batch: Batch) -> None:
         if batch.groups:
@@ -286,11 +284,13 @@ class Engine:
             self._counts["tokens"] += sum(len(rollout.token_ids) for rollout in finished.rollouts)
             self._outbox.append(finished)
 
-    def _fresh_id(self) -> str:
-        index = self.num_requests
-        while f"request-{index}" in self._groups:
-            index += 1
-        return f"request-{index}"
+    def _name(self, request: Request) -> str:
+        if request.request_id is not None:
+            return request.request_id
+        return next(name for index in self._numbers if not self._is_taken(name := f"request-{index}"))
+
+    def _is_taken(self, request_id: str) -> bool:
+        return request_id in self._groups or any(group.request_id == request_id for group in self._outbox)
 
     def _vision_changed(self, named: Mapping[str, torch.Tensor], changed: bool | None) -> bool:
         if self.spec.vision is None:

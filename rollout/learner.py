@@ -108,7 +108,7 @@ class Learner:
         engine = torch.cat([sample.rollout.logprobs for sample in samples]).to(self.device)
         behaviour = torch.cat([sample.rollout.behaviour_logprobs for sample in samples]).to(self.device)
         old = engine if self.config.old_logprobs == "engine" else current
-        fixed = {"old": old, "behaviour": behaviour, "gap": (behaviour - current).abs()}
+        fixed = {"old": old, "behaviour": behaviour, "gap": (engine - current).abs()}
         if self.ref_spec is not None:
             fixed["ref"] = policy_logprobs(self.ref_spec, samples).logprobs
         return fixed

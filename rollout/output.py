@@ -81,6 +81,7 @@ def failed_group(request: Request, request_id: str, error: ValueError) -> Rollou
 def _rollout(sequence: Sequence, tokenizer: Any, version: int) -> Rollout:
     if sequence.finish_reason == "error":
         return _empty_rollout()
+    assert sequence.finish_reason is not None, sequence.group.request_id
     count = len(sequence.token_ids)
     return Rollout(
         token_ids=torch.tensor(sequence.token_ids, dtype=torch.int64),

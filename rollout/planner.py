@@ -48,6 +48,7 @@ class Planner:
         pages, offsets = np.empty(len(sequences), np.int64), np.empty(len(sequences), np.int64)
         for row, sequence in enumerate(sequences):
             leaf = sequence.leaf
+            assert leaf is not None, sequence.group.request_id
             page, offsets[row] = divmod(leaf.length, self.page_size)
             pages[row] = leaf.pages[page]
             visits.add(leaf, leaf.length + 1, len(sequence.group.path), (row,), causal=True)

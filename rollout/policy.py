@@ -106,13 +106,17 @@ def micro_batches(samples: Sequence[Sample], size: int, tokens: int | None) -> I
 def _put_images(spec: ModelSpec, embeds: torch.Tensor, batch: PaddedBatch, samples: Sequence[Sample]) -> torch.Tensor:
     """Replaces the prompts' image placeholders by the tower's output: one pass over the distinct groups."""
     assert spec.vision is not None
-    groups = {id(s.group): s.group for s in samples if s.group.pixel_values is not None}
-    if not groups:
+    images = {
+        id(s.group): (s.group.pixel_values, s.group.image_grid_thw)
+        for s in samples
+        if s.group.pixel_values is not None and s.group.image_grid_thw is not None
+    }
+    if not images:
         return embeds
-    pixels = torch.cat([group.pixel_values for group in groups.values()]).to(embeds.device)
-    grids = torch.cat([group.image_grid_thw for group in groups.values()]).to(embeds.device)
+    pixels = torch.cat([pixels for pixels, _ in images.values()]).to(embeds.device)
+    grids = torch.cat([grids for _, grids in images.values()]).to(embeds.device)
     features = iter(spec.vision.encode(pixels, grids))
-    encoded = {key: torch.cat([next(features) for _ in group.image_grid_thw]) for key, group in groups.items()}
+    encoded = {key: torch.cat([next(features) for _ in grids]) for key, (_, grids) in images.items()}
     rows = torch.cat([encoded[id(s.group)] for s in samples if id(s.group) in encoded]).to(embeds.dtype)
     # A policy may draw the placeholder's id itself: it then is an ordinary token of the completion.
     is_image = (batch.input_ids == spec.vision.image_token_id) & batch.is_prompt

@@ -78,8 +78,9 @@ class PromptProcessor:
         positions, next_position = self._positions(ids, grids)
         return Prompt(ids, positions, next_position, inputs, self._boundaries(request, ids, spans))
 
-    def _as_text_or_ids(self, request: Request) -> tuple[str | Sequence[int] | torch.Tensor, list[Any]]:
-        prompt, images = request.prompt, list(request.images)
+    def _as_text_or_ids(self, request: Request) -> tuple[Any, list[Any]]:
+        prompt: Any = request.prompt
+        images = list(request.images)
         if isinstance(prompt, np.ndarray):
             prompt = torch.from_numpy(prompt)
         if isinstance(prompt, torch.Tensor):
@@ -141,12 +142,12 @@ class PromptProcessor:
             raise ValueError(f"expected {expected}, got {list(pixels.shape)} (pixel_values)")
         return list(grids), list(pixels.detach().split(patches.tolist()))
 
-    def _expand(self, ids: list[int], tokens: list[int]) -> torch.Tensor:
+    def _expand(self, text_ids: list[int], tokens: list[int]) -> torch.Tensor:
         """Repeats the k-th image placeholder tokens[k] times."""
-        ids = torch.tensor(ids, dtype=torch.int64)
+        ids = torch.tensor(text_ids, dtype=torch.int64)
         if self.vision is None:
             return ids
-        is_image = ids == self.vision.image_token_id
+        is_image = ids.eq(self.vision.image_token_id)
         if int(is_image.sum()) != len(tokens):
             raise ValueError(
                 f"expected one placeholder an image, got {int(is_image.sum())} for {len(tokens)} images (prompt)"
@@ -174,7 +175,8 @@ class PromptProcessor:
                 f"expected {sum(tokens)} image placeholders ({tokens} an image), got {len(places)} (prompt): "
                 "token ids must have their placeholders expanded"
             )
-        spans, taken = [], 0
+        spans: list[tuple[int, int]] = []
+        taken = 0
         for index, count in enumerate(tokens):
             span = places[taken : taken + count]
             if span[-1] - span[0] != count - 1:
@@ -186,7 +188,7 @@ class PromptProcessor:
         return spans
 
     def _positions(self, ids: torch.Tensor, grids: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
-        if not grids:
+        if self.vision is None or not grids:
             return torch.arange(len(ids)).expand(3, -1), len(ids)
         return self.vision.positions(ids, torch.stack(grids))
 
@@ -203,7 +205,7 @@ class PromptProcessor:
 
     def _system_len(self, request: Request, ids: torch.Tensor) -> int:
         """Tokens of a leading system message; 0 if the template cannot render it alone as a prefix."""
-        prompt = request.prompt
+        prompt: Any = request.prompt
         if (
             isinstance(prompt, (str, torch.Tensor))
             or not isinstance(prompt[0], Mapping)

@@ -43,7 +43,7 @@ class Runner:
         for segment in segments:
             segment.length = segment.span[1] - segment.span[0]
         plan = self.planner.prefill(segments)
-        positions = torch.cat([s.prompt.positions[:, slice(*s.span)] for s in segments], dim=1)
+        positions = torch.cat([s.source.positions[:, slice(*s.span)] for s in segments], dim=1)
         hidden = self.decoder(self._embed(segments), positions.to(self.device), self.kv_pool, plan, decode=False)
         end = 0
         for segment in segments:
@@ -53,7 +53,7 @@ class Runner:
 
     def first_tokens(self, groups: list[Group]) -> SampleOutput:
         """Draws the first token of every sample; row order is groups, then their samples."""
-        last = torch.stack([group.path[-1].last_hidden for group in groups])
+        last = torch.stack([_last_hidden(group) for group in groups])
         counts = torch.tensor([len(group.sequences) for group in groups], device=self.device)
         return self._sample(last.repeat_interleave(counts, dim=0), [s for g in groups for s in g.sequences])
 
@@ -65,20 +65,22 @@ class Runner:
         embedded = F.embedding(tokens, self.weights.embed)
         hidden = self.decoder(embedded, positions.expand(3, -1), self.kv_pool, plan, decode=True)
         for sequence in sequences:
+            assert sequence.leaf is not None, sequence.group.request_id
             sequence.leaf.length += 1
         return self._sample(hidden, sequences)
 
     def _embed(self, segments: list[Segment]) -> torch.Tensor:
         """Token embeddings, image placeholders replaced by features. -> float [T, hidden]"""
-        tokens = torch.cat([s.prompt.token_ids[slice(*s.span)] for s in segments])
+        tokens = torch.cat([s.source.token_ids[slice(*s.span)] for s in segments])
         hidden = F.embedding(tokens.to(self.device), self.weights.embed)
         spans = []  # (row of the image's first token, image)
         row = 0
         for segment in segments:
             start, stop = segment.span
-            spans += [(row + i.start - start, i) for i in segment.prompt.images if start <= i.start < stop]
+            spans += [(row + i.start - start, i) for i in segment.source.images if start <= i.start < stop]
             row += stop - start
         if spans:
+            assert self.vision is not None, spans
             features = self.vision.encode([image for _, image in spans])
             for row, image in spans:
                 hidden[row : row + image.num_tokens] = features[image.content_hash]
@@ -103,6 +105,12 @@ class Runner:
             banned=_bans(sequences),
             backend=self.config.backend,
         )
+
+
+def _last_hidden(group: Group) -> torch.Tensor:
+    hidden = group.path[-1].last_hidden
+    assert hidden is not None, f"request {group.request_id!r} was not prefilled"
+    return hidden
 
 
 def num_pages(spec: ModelSpec, weights: Weights, config: EngineConfig) -> int:

@@ -123,6 +123,7 @@ class Scheduler:
         ended: list[Group] = []
         for sequence in done:
             group, leaf = sequence.group, sequence.leaf
+            assert leaf is not None, group.request_id
             self.promised -= self._pages_per_sample(group) - len(leaf.pages)
             self.tree.release(leaf)
             sequence.leaf = None
@@ -143,9 +144,11 @@ class Scheduler:
 
     def grow(self, sequence: Sequence) -> None:
         """Makes room for the token fed next; the page was promised."""
-        before = len(sequence.leaf.pages)
-        self.tree.grow(sequence.leaf)
-        self.promised -= len(sequence.leaf.pages) - before
+        leaf = sequence.leaf
+        assert leaf is not None, sequence.group.request_id
+        before = len(leaf.pages)
+        self.tree.grow(leaf)
+        self.promised -= len(leaf.pages) - before
 
     def _admits(self, group: Group, versions: tuple[int, int], tokens: int) -> bool:
         if len(self.running) + len(group.sequences) > self.config.max_sequences:

@@ -29,6 +29,12 @@ class Segment:
     span: tuple[int, int] = (0, 0)  # its tokens in that prompt
     last_hidden: torch.Tensor | None = None
 
+    @property
+    def source(self) -> Prompt:
+        """The prompt that a prompt segment is part of."""
+        assert self.prompt is not None, "a completion is part of no prompt"
+        return self.prompt
+
     def path(self) -> list[Segment]:
         """From the root to this segment."""
         path, segment = [self], self.parent

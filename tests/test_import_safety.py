@@ -154,6 +154,35 @@ assert not changed, changed
 """)
 
 
+RUN_ENGINE = """
+import numpy
+from foveate import Engine, EngineConfig, Request, SamplingParams
+from foveate.rollout.testing import tiny_model, tiny_processor
+torch.set_num_threads(1)
+config = EngineConfig(kv_memory=1 << 22)
+message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
+image = numpy.arange(56 * 84 * 3, dtype=numpy.uint8).reshape(56, 84, 3)
+requests = [Request(message, images=(image,), n=2, sampling=SamplingParams(max_tokens=3, seed=1))]
+processor, model = tiny_processor(), tiny_model("qwen2_5_vl")
+# For what torch and transformers set up by themselves when first used.
+model.generate(torch.ones(1, 4, dtype=torch.long), attention_mask=torch.ones(1, 4), max_new_tokens=2, do_sample=False)
+before = snapshot()
+engine = Engine(model, processor, config)
+groups = engine.generate(requests)
+engine.update_weights()
+groups += engine.generate(requests)
+assert all(group.error is None and len(group.rollouts) == 2 for group in groups), groups
+after = snapshot()
+"""
+
+
+def test_running_the_engine_changes_nothing_global():
+    run_child(f"""{SNAPSHOT}{RUN_ENGINE}
+changed = {{key: (before[key], after[key]) for key in before if before[key] != after[key]}}
+assert not changed, changed
+""")
+
+
 @pytest.mark.parametrize(
     "change",
     [

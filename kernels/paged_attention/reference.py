@@ -48,16 +48,17 @@ def attend(queries, key_pool, value_pool, plan: StepPlan, scale: float) -> torch
     num_rows, num_heads, head_dim = queries.shape
     keys = key_pool.view(-1, *key_pool.shape[2:])  # [slots, kv_heads, head_dim]
     values = value_pool.view(-1, *value_pool.shape[2:])
-    out = lse = None  # float32 [T, heads, head_dim], [T, heads]
+    out: torch.Tensor | None = None  # float32 [T, heads, head_dim]
+    lse: torch.Tensor | None = None  # float32 [T, heads]
     scaled = queries.float() * scale
     for batch in plan.prepared:
         k, v = _gather(keys, batch), _gather(values, batch)  # [S, L, kv_heads, head_dim]
         q = scaled.view(*batch.rows.shape, num_heads, head_dim) if batch.all_rows else scaled[batch.rows]
         part, part_lse = _partial(q, k.float(), v.float(), batch)
         if batch.all_rows:
-            out, lse = (part, part_lse) if out is None else merge(out, lse, part, part_lse)
+            out, lse = (part, part_lse) if out is None or lse is None else merge(out, lse, part, part_lse)
             continue
-        if out is None:
+        if out is None or lse is None:
             out = scaled.new_zeros(num_rows, num_heads, head_dim)
             lse = scaled.new_full((num_rows, num_heads), -torch.inf)
         rows = batch.rows.flatten()

@@ -35,7 +35,7 @@ def group_advantage(
     centred = values - mean[owner]
     std = (per_group(centred.square()) / (count - ddof).clamp(min=1)).sqrt()
     advantage = centred / (std + eps)[owner]
-    # The mean of equal totals can round, and its error over eps would look like an advantage. One member alone is equal.
+    # The mean of equal totals can round, and its error over eps would look like an advantage. Also where one is alone.
     low = torch.full_like(mean, torch.inf).scatter_reduce_(0, owner, values, "amin")
     high = torch.full_like(mean, -torch.inf).scatter_reduce_(0, owner, values, "amax")
     nothing = low == high

@@ -16,6 +16,7 @@ Noise (Gumbel-max; the words are those of Philox4x32-10, Salmon et al., SC'11):
 It depends on seed, step and id alone: never on the row, the batch, a tile or a device. The global generators of
 torch are not touched.
 
+>>> from foveate.kernels.sampling import philox, reference
 >>> seeds, ids = torch.full((5,), 0x0123456789ABCDEF), torch.arange(5)
 >>> words = philox.token_words(seeds, torch.full((5,), 2), ids)
 >>> [f"{word:08x}" for word in words.tolist()]
@@ -33,7 +34,7 @@ from typing import NamedTuple
 import torch
 
 from foveate.kernels.dispatch import choose, require
-from foveate.kernels.sampling import philox, reference
+from foveate.kernels.sampling import reference
 from foveate.kernels.sampling.philox import request_seed, sample_seed
 
 __all__ = ["SampleOutput", "request_seed", "sample", "sample_from_hidden", "sample_seed", "score"]

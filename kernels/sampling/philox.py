@@ -80,12 +80,11 @@ def _derived_seed(seed: int, index: int, domain: int) -> int:
 def token_words(seeds: torch.Tensor, steps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """The noise word of each token: lane (id mod 4) of Philox(counter = (id // 4, step, 0, 0), key = seed).
 
-    seeds (two's complement of the unsigned seed), steps, token_ids: int64 of one shape. Returns int64 of that
-    shape, values in [0, 2^32).
+    seeds (two's complement of the unsigned seed), steps, token_ids: int64 [N]. Returns int64 [N], in [0, 2^32).
     """
-    zero = torch.zeros_like(token_ids)
-    lanes = philox4x32((token_ids >> 2, steps, zero, zero), (seeds & MASK, (seeds >> 32) & MASK))
-    return torch.stack(lanes).gather(0, (token_ids & 3)[None])[0]
+    buffers = torch.empty(3, 2 * token_ids.numel(), dtype=torch.int64, device=token_ids.device)
+    lanes = _block_words((token_ids >> 2)[:, None], steps, _round_keys(seeds), buffers)
+    return torch.stack(lanes).gather(0, (token_ids & 3)[None, :, None])[0, :, 0]
 
 
 def fill_complements(out: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor) -> None:
@@ -107,7 +106,9 @@ def fill_complements(out: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
     for row in range(0, rows, num_rows):
         for col in range(0, width, num_cols):
             cols, chunk = slice(col, col + num_cols), slice(row, row + num_rows)
-            _fill_block(lanes[chunk, cols], ids[cols], steps[chunk], keys[:, :, chunk], buffers)
+            words = _block_words(ids[cols], steps[chunk], keys[:, :, chunk], buffers)
+            for lane, word in enumerate(words):
+                lanes[chunk, cols, lane] = word.bitwise_xor_(MASK)
     out.add_(0.5).mul_(2.0**-32)
 
 
@@ -119,15 +120,16 @@ def _round_keys(seeds: torch.Tensor) -> torch.Tensor:
     return ((first + rounds * increments) & MASK)[..., None]
 
 
-def _fill_block(
-    lanes: torch.Tensor, ids: torch.Tensor, steps: torch.Tensor, keys: torch.Tensor, buffers: torch.Tensor
-) -> None:
-    """Writes the complement of every word, 2^32 - 1 - word, to lanes (float32 [R, C, 4]).
+def _block_words(
+    ids: torch.Tensor, steps: torch.Tensor, keys: torch.Tensor, buffers: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """The four words of counters (id, step, 0, 0), int64 [R, C] each, in place in `buffers` (int64 [3, >= 2 R C]).
 
-    `state` holds (c2, c0), so that both products, both shifts and both xors are one operation each: the high
-    half of p0 meets c3 = lo(old p0) and that of p1 meets c1 = lo(old p1). Only a factor needs clean high bits.
+    ids: [C] or [R, C]. steps: [R]. keys: [ROUNDS, 2, R, 1]. `state` holds (c2, c0), so that both products, both
+    shifts and both xors are one operation each: the high half of p0 meets c3 = lo(old p0) and that of p1 meets
+    c1 = lo(old p1). Only a factor needs clean high bits.
     """
-    rows, cols = lanes.shape[:2]
+    rows, cols = len(steps), ids.shape[-1]
     state, products, previous = (b[: 2 * rows * cols].view(2, rows, cols) for b in buffers)
     state[0], state[1] = 0, ids
     previous[0], previous[1] = 0, steps[:, None]
@@ -138,5 +140,4 @@ def _fill_block(
         state.bitwise_xor_(previous).bitwise_xor_(key).bitwise_and_(MASK)
         products, previous = previous, products
     previous.bitwise_and_(MASK)
-    for lane, word in enumerate((state[1], previous[1], state[0], previous[0])):
-        lanes[..., lane] = word.bitwise_xor_(MASK)
+    return state[1], previous[1], state[0], previous[0]

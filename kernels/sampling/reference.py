@@ -5,8 +5,9 @@ is an exponential variate made of its noise word. With r_i = 1 - u_i, which cost
 
     r_i <= e_i <= 22.9 r_i        (-log(1 - r) / r rises from 1 to 33 log 2 / (1 - 2^-33) at the largest r)
 
-and argmax(z_i + g_i) = argmax(p_i / e_i) for p_i = exp(z_i - z_max). So the winner has p_i / r_i >= max_j(p_j / r_j) / 22.9:
-about two dozen candidates a row, whatever the vocabulary, are the only tokens whose exact score is computed.
+and argmax(z_i + g_i) = argmax(p_i / e_i) for p_i = exp(z_i - z_max). So the winner's p_i / r_i is at least the
+largest p_j / r_j over 22.9: about two dozen candidates a row, whatever the vocabulary, are the only tokens whose
+exact score is computed.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Parameters(NamedTuple):
 
     def rows(self, index: slice) -> Parameters:
         banned = self.banned if self.banned is None or self.banned.dim() == 1 else self.banned[index]
-        values = (self.temperature, self.top_k, self.top_p, self.min_p)
-        return Parameters(*(value[index] for value in values), banned, self.filtered)
+        temperature, top_k, top_p, min_p = (v[index] for v in (self.temperature, self.top_k, self.top_p, self.min_p))
+        return Parameters(temperature, top_k, top_p, min_p, banned, self.filtered)
 
 
 class Distribution(NamedTuple):
@@ -65,6 +66,7 @@ class Distribution(NamedTuple):
     valid: torch.Tensor
 
 
+@torch.no_grad()
 def sample(
     logits: torch.Tensor, parameters: Parameters, seeds: torch.Tensor, steps: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -79,6 +81,7 @@ def sample(
     return ids, logprobs, log_kept, entropy
 
 
+@torch.no_grad()
 def score(
     logits: torch.Tensor, token_ids: torch.Tensor, parameters: Parameters
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -176,9 +179,7 @@ def _cut(scaled: torch.Tensor, p: Parameters) -> torch.Tensor | None:
     return cut
 
 
-def _filtered_out(
-    allowed: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
-) -> torch.Tensor:
+def _filtered_out(allowed: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """bool [R, V]: what top-k, then top-p, then min-p cut from allowed (float32 [R, V], -inf = banned).
 
     Top-k and top-p both keep the n first in (z descending, id ascending) order: all above the n-th largest value,
@@ -197,9 +198,7 @@ def _filtered_out(
     return out.logical_or_(allowed < floor)
 
 
-def _num_kept(
-    allowed: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _num_kept(allowed: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many ids top-k and then top-p keep (int64 [R]), and the value of the last of them (float32 [R, 1])."""
     vocab = allowed.shape[1]
     num_kept = torch.where(top_k > 0, top_k.clamp(max=vocab), vocab)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from foveate.rollout.config import EngineConfig
 from foveate.rollout.demo.model import make_model, make_processor
@@ -12,7 +14,7 @@ from foveate.rollout.demo.options import DemoOptions
 from foveate.rollout.demo.record import Arm, DemoRecord, Reply, replies_of
 from foveate.rollout.demo.report import write_report
 from foveate.rollout.demo.scenes import QUESTIONS, Scene, scene_stream
-from foveate.rollout.demo.tasks import Evaluation, evaluate, make_request, make_reward, sample_groups
+from foveate.rollout.demo.tasks import evaluate, make_request, make_reward, sample_groups
 from foveate.rollout.demo.threads import step_seconds, thread_count
 from foveate.rollout.demo.warmstart import SupervisedTrainer, WarmStartConfig, warm_start
 from foveate.rollout.engine import Engine
@@ -33,7 +35,7 @@ class DemoSizes:
 
     held_out: int = NUM_HELD_OUT
     stopping: int = NUM_STOPPING
-    warm_start: WarmStartConfig = WarmStartConfig()
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
 
 def grpo_config(options: DemoOptions) -> GRPOConfig:
@@ -156,9 +158,25 @@ class Demo:
         return Engine(make_model(self.options.seed), self.processor, EngineConfig(seed=self.options.seed))
 
     def _save_model(self) -> None:
+        """Writes what `Engine.from_pretrained` loads."""
         folder = self.options.output / "model"
-        for part in (self.engine.model, self.processor.tokenizer, self.processor.image_processor):
-            part.save_pretrained(folder)
+        with quiet_saving():
+            for part in (self.engine.model, self.processor.tokenizer, self.processor.image_processor):
+                part.save_pretrained(folder)
+
+
+@contextmanager
+def quiet_saving() -> Iterator[None]:
+    """Without transformers' progress bar, which lasts for a moment and says nothing."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def first_of_each_kind(scenes: list[Scene], count: int) -> list[int]:

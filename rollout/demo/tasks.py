@@ -27,7 +27,7 @@ def make_request(scene: Scene, n: int = 1, temperature: float = 1.0, seed: int |
 
 
 def make_reward(with_perception: bool = True) -> WeightedReward:
-    """The reward of Perception-R1 with a judge that reads "place digit"; the part is scored even if it weighs nothing."""
+    """The reward of Perception-R1 with a judge that reads "place digit"; the part is scored even at weight 0."""
     judge = RuleJudge([LabelGrammar(PLACES)])
     return perception_r1(judge, {} if with_perception else {"perception": 0.0})
 

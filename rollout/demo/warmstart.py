@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from foveate.rollout import models
-from foveate.rollout.demo.tasks import make_request
 from foveate.rollout.demo.scenes import Scene
+from foveate.rollout.demo.tasks import make_request
 from foveate.rollout.policy import Sample, policy_logprobs
 from foveate.rollout.processor import Processor, PromptProcessor
 from foveate.rollout.types import Rollout, RolloutGroup
@@ -24,8 +24,8 @@ class WarmStartConfig:
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     batch_size: int = 32
-    enough: float = 0.48
-    check_every: int = 10
+    enough: float = 0.5
+    check_every: int = 20
     max_steps: int = 300
 
 

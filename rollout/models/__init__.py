@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from foveate.rollout.models import llama, qwen2, qwen2_5_vl, qwen3
 from foveate.rollout.models.spec import ModelSpec, VisionSpec
@@ -17,7 +17,7 @@ FAMILIES = {
 }
 
 
-def describe(model: nn.Module) -> ModelSpec:
+def describe(model: Any) -> ModelSpec:
     """Finds the parts of a transformers model; raises ValueError for a family that is not supported."""
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in FAMILIES:

@@ -54,7 +54,7 @@ class Decoder:
         else:
             qkv = F.linear(x, *layer.qkv[0]).unflatten(-1, (-1, head_dim))
             qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
-        if layer.q_norm is not None:
+        if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split([heads, kv_heads], dim=1)
             qk = torch.cat([rms_norm(q, layer.q_norm, layer.eps), rms_norm(k, layer.k_norm, layer.eps)], dim=1)
         q, k = rotate(qk, cos, sin).split([heads, kv_heads], dim=1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from foveate.rollout.models.spec import ModelSpec, VisionSpec, text_spec
 
 
-def describe(model: nn.Module) -> ModelSpec:
+def describe(model: Any) -> ModelSpec:
     config, inner = model.config, model.model
     text, vision = config.text_config, config.vision_config
     pads = [getattr(config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision")]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from foveate.rollout.models.spec import ModelSpec, text_spec
 
 
-def describe(model: nn.Module) -> ModelSpec:
+def describe(model: Any) -> ModelSpec:
     return text_spec(model, model.model, model.config)

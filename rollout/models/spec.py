@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ class VisionSpec:
     direction. pad_ids: ids that stand for vision in a prompt and that a policy must not draw.
     """
 
-    tower: nn.Module
+    tower: Any
     encode: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
     positions: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, int]]
     image_token_id: int
@@ -35,12 +36,12 @@ class VisionSpec:
 class ModelSpec:
     """A transformers causal language model, taken apart. The modules stay the model's own.
 
-    decoder: the module with embed_tokens, layers, norm and rotary_emb. mrope_section: how many rotary
+    Their attributes are known to transformers alone, hence Any. decoder: the module with embed_tokens, layers, norm and rotary_emb. mrope_section: how many rotary
     frequencies follow the time, height and width positions; None for one-dimensional positions.
     """
 
-    model: nn.Module
-    decoder: nn.Module
+    model: Any
+    decoder: Any
     lm_head: nn.Linear
     num_heads: int
     num_kv_heads: int
@@ -57,7 +58,7 @@ class ModelSpec:
         return len(self.decoder.layers)
 
 
-def text_spec(model: nn.Module, decoder: nn.Module, config, **extra) -> ModelSpec:
+def text_spec(model: Any, decoder: Any, config: Any, **extra: Any) -> ModelSpec:
     """ModelSpec from the config fields that every supported family shares."""
     sliding = [i for i, kind in enumerate(getattr(config, "layer_types", None) or []) if kind != "full_attention"]
     if sliding:
@@ -67,6 +68,8 @@ def text_spec(model: nn.Module, decoder: nn.Module, config, **extra) -> ModelSpe
     rope_type = config.rope_parameters.get("rope_type", "default")
     if rope_type not in STATIC_ROPE:
         raise ValueError(f"expected rope_type one of {STATIC_ROPE}, got {rope_type!r} (rope_parameters)")
+    if not isinstance(model.lm_head, nn.Linear):
+        raise ValueError(f"expected a plain torch.nn.Linear, got {type(model.lm_head).__name__} (lm_head)")
     return ModelSpec(
         model=model,
         decoder=decoder,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class Weights:
         self.shares = self.dtype == spec.lm_head.weight.dtype
         self._names = {id(module): name for name, module in spec.model.named_modules()}
         self._shadow: dict[int, torch.Tensor] = {}  # id of a parameter -> its copy in self.dtype
-        self._shadow_buffers: dict[tuple[int, str], torch.Tensor] = {}
+        self._shadow_buffers: dict[nn.Module, dict[str, torch.Tensor]] = {}
         self.adopt()
 
     @torch.no_grad()
@@ -68,6 +69,8 @@ class Weights:
         self.lm_head, self.lm_head_bias = self._linear(self.spec.lm_head)
         # Fusing moves parameters, so the addresses are taken when all are in place.
         self._table = [(owner, name, param, param.data_ptr()) for owner, name, param, _ in self._table]
+        read = {id(param) for _, _, param, _ in self._table}  # a replaced parameter leaves no copy behind
+        self._shadow = {key: copy for key, copy in self._shadow.items() if key in read}
 
     def check(self) -> None:
         """Re-adopts the parameters if one was replaced or moved since they were last read."""
@@ -119,7 +122,7 @@ class Weights:
         """Bytes of the decoder parameters that the engine reads in place."""
         return sum({id(p): p.nbytes for _, _, p, _ in self._table}.values()) if self.shares else 0
 
-    def _layer(self, layer: nn.Module) -> LayerWeights:
+    def _layer(self, layer: Any) -> LayerWeights:
         attention, mlp = layer.self_attn, layer.mlp
         has_head_norm = hasattr(attention, "q_norm")
         return LayerWeights(
@@ -157,11 +160,10 @@ class Weights:
         params = [self._register(part, name) for part in parts]
         rows = [param.shape[0] for param in params]
         shape = (sum(rows), *params[0].shape[1:])
-        buffers = _FUSED.setdefault(owner, {}) if self.shares else self._shadow_buffers
-        key = kind if self.shares else (id(owner), kind)
-        buffer = buffers.get(key)
+        buffers = (_FUSED if self.shares else self._shadow_buffers).setdefault(owner, {})
+        buffer = buffers.get(kind)
         if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (shape, self.dtype, self.device):
-            buffer = buffers[key] = torch.empty(shape, dtype=self.dtype, device=self.device)
+            buffer = buffers[kind] = torch.empty(shape, dtype=self.dtype, device=self.device)
         for param, part in zip(params, buffer.split(rows), strict=True):
             if not self.shares:
                 self._shadow[id(param)] = part.copy_(param)
@@ -180,11 +182,10 @@ class Weights:
         return copy.copy_(param)
 
     def _register(self, owner: nn.Module, name: str) -> nn.Parameter:
-        param, full = owner._parameters[name], f"{self._names[id(owner)]}.{name}"
+        param, full = owner._parameters.get(name), f"{self._names[id(owner)]}.{name}"
         if type(param) is not nn.Parameter or not param.is_floating_point():
-            raise ValueError(
-                f"expected a plain floating nn.Parameter, got {type(param).__name__} {param.dtype} ({full})"
-            )
+            got = f"{type(param).__name__} {getattr(param, 'dtype', '')}".strip()
+            raise ValueError(f"expected a plain floating nn.Parameter, got {got} ({full})")
         if param.device != self.device or (self.shares and param.dtype != self.dtype):
             expected, got = f"{self.dtype} on {self.device}", f"{param.dtype} on {param.device}"
             raise ValueError(f"expected {expected}, got {got} ({full})")

@@ -4,6 +4,7 @@ import doctest
 
 import pytest
 import torch
+
 from foveate.kernels.sampling import philox
 
 RANDOM123 = [

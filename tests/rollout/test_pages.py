@@ -147,6 +147,7 @@ def test_run_at_every_word_border(start, n):
         (70, [3, 69], 2),
         (64, [0, 63], 2),
         (65, [63, 64, 1], 3),
+        (64, [0, 1, 5, 6], 3),
     ],
 )
 def test_lowest_pages_where_no_run_is_long_enough(num_pages, free, n):

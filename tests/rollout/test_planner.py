@@ -124,9 +124,13 @@ def test_prefill(built, data):
     assert plan.page_size == forest.page_size
 
 
+def group_at(path_end: Segment) -> Group:
+    return Group(Request([0]), "", PROMPT, 100, frozenset(), NO_BANS, NO_BANS, path=path_end.path())
+
+
 def running(forest: Forest, path_end: Segment, lengths: Iterable[int]) -> list[Sequence]:
     """A group below a prompt segment; its samples have `length` tokens stored and room for one more."""
-    group = Group(Request([0]), "", PROMPT, 100, frozenset(), NO_BANS, NO_BANS, path=path_end.path())
+    group = group_at(path_end)
     for length in lengths:
         leaf = forest.segment(path_end, length, spare_pages=int(length % forest.page_size == 0))
         group.sequences.append(Sequence(group, seed=0, leaf=leaf))
@@ -172,18 +176,15 @@ def test_prefill_by_hand():
 
 def test_decode_by_hand():
     """Two groups on one prefix, one with a prompt of its own below it."""
-    forest = Forest(2, 0)
     prefix = Segment(None, None, pages=[5, 1], length=4)
     own = Segment(prefix, None, pages=[3], length=1)
-    first, second = running(forest, prefix, [])[:0], running(forest, own, [])[:0]
-    groups = [
-        Group(Request([0]), "", PROMPT, 9, frozenset(), NO_BANS, NO_BANS, path=path)
-        for path in ([prefix], [prefix, own])
+    short, long = group_at(prefix), group_at(own)
+    leaves = [
+        (short, Segment(prefix, None, pages=[8], length=1)),
+        (long, Segment(own, None, pages=[9, 6], length=2)),
+        (long, Segment(own, None, pages=[0], length=0)),
     ]
-    first.append(Sequence(groups[0], 0, leaf=Segment(prefix, None, pages=[8], length=1)))
-    second.append(Sequence(groups[1], 0, leaf=Segment(own, None, pages=[9, 6], length=2)))
-    second.append(Sequence(groups[1], 0, leaf=Segment(own, None, pages=[0], length=0)))
-    plan = Planner(2, CPU).decode([*first, *second])
+    plan = Planner(2, CPU).decode([Sequence(group, 0, leaf=leaf) for group, leaf in leaves])
     assert plan.slots.tolist() == [17, 12, 0]
     assert plan.visit_depth.tolist() == [0, 1, 1, 2, 2]
     assert visits_of(plan) == {

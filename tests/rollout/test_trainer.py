@@ -1,6 +1,5 @@
-"""Training on the engine's own rollouts: exactness of the update, the loop, checkpoints."""
+"""Training on the engine's own rollouts: the loop, options, checkpoints."""
 
-import copy
 import json
 import math
 from dataclasses import replace
@@ -12,8 +11,6 @@ from foveate.rollout import trainer as trainer_module
 from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
-from foveate.rollout.learner import Batch, Learner
-from foveate.rollout.policy import Sample
 from foveate.rollout.rewards import RewardTable
 from foveate.rollout.testing import special_id, tiny_model
 from foveate.rollout.trainer import Trainer
@@ -60,144 +57,6 @@ def weights_of(model):
 def assert_same_weights(first, second):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-# One update
-
-
-def batch_of(model, vision, **kwargs):
-    engine = Engine(model, config=SMALL)
-    groups = engine.generate(prompts(3, vision, seed=1), progress=False)
-    samples = [Sample(g, r) for g in groups for r in g.rollouts]
-    generator = torch.Generator().manual_seed(2)
-    advantages = torch.randn(len(samples), generator=generator)
-    weights = torch.rand(len(samples), generator=generator) / 50
-    return Batch(samples, advantages, weights)
-
-
-def gradient_after(model, batch, config):
-    learner = Learner(model, None, config)
-    learner.optimizer.step = lambda: None
-    report = learner.update(batch, 1e-3)
-    return {name: p.grad.double() for name, p in model.named_parameters()}, report
-
-
-@pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
-def test_micro_batches_add_up_to_the_whole(family):
-    """The gradient of any cut is as close to float64 as that of the whole batch, up to twice its error."""
-    model = tiny_model(family)
-    batch = batch_of(model, family == "qwen2_5_vl")
-    limits = {"max_grad_norm": None, "micro_batch_size": 64}
-    truth, _ = gradient_after(copy.deepcopy(model).double(), batch, GRPOConfig(**limits))
-    whole, whole_report = gradient_after(model, batch, GRPOConfig(**limits))
-    norm = sum(float(g.square().sum()) for g in truth.values()) ** 0.5
-
-    def error(got):
-        return sum(float((got[n] - truth[n]).square().sum()) for n in truth) ** 0.5
-
-    assert error(whole) < 1e-4 * norm
-    for cut in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"micro_batch_tokens": 40}):
-        got, report = gradient_after(model, batch, GRPOConfig(**{**limits, **cut}))
-        assert error(got) <= 2 * error(whole) + torch.finfo(torch.float32).eps * norm
-        assert report["policy/loss"] == pytest.approx(whole_report["policy/loss"], rel=1e-5, abs=1e-7)
-
-
-def test_the_first_update_is_the_policy_gradient():
-    """On policy the clipped loss has the gradient of -sum w A logprob, whatever the clips are."""
-    model = tiny_model("qwen3")
-    batch = batch_of(model, False)
-    got, report = gradient_after(model, batch, GRPOConfig(max_grad_norm=None))
-    model.zero_grad()
-    for sample, advantage, weight in zip(batch.samples, batch.advantages, batch.weights, strict=True):
-        ids = torch.cat([sample.group.prompt_ids, sample.rollout.token_ids])[None]
-        logits = model(ids, attention_mask=torch.ones_like(ids)).logits[0, len(sample.group.prompt_ids) - 1 : -1]
-        chosen = logits.log_softmax(-1).gather(1, sample.rollout.token_ids[:, None])
-        (-weight * advantage * chosen.sum()).backward()
-    norm = sum(float(g.square().sum()) for g in got.values()) ** 0.5
-    error = sum(float((p.grad - got[n]).square().sum()) for n, p in model.named_parameters()) ** 0.5
-    assert error < 1e-4 * norm
-    assert report["policy/clip_low"] == report["policy/clip_high"] == report["policy/clip_dual"] == 0
-    assert report["optim/grad_norm"] == pytest.approx(norm, rel=1e-5)
-
-
-@pytest.mark.parametrize("vision", [False, True])
-def test_checkpointing_changes_no_gradient(vision):
-    family = "qwen2_5_vl" if vision else "qwen3"
-    model = tiny_model(family)
-    batch = batch_of(model, vision)
-    plain, _ = gradient_after(copy.deepcopy(model), batch, GRPOConfig())
-    saved, _ = gradient_after(model, batch, GRPOConfig(gradient_checkpointing=True))
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    assert all(torch.equal(plain[name], saved[name]) for name in plain)
-
-
-def test_old_policy_of_later_updates_is_that_of_the_first():
-    model = tiny_model("qwen3")
-    batch = batch_of(model, False)
-    config = GRPOConfig(num_updates=3, clip_low=0.01, clip_high=0.01, learning_rate=1e-2)
-    report = Learner(model, None, config).update(batch, 1e-2)
-    assert report["policy/clip_low"] > 0
-    assert report["policy/clip_high"] > 0
-    assert report["policy/logprob_difference_max"] < TOLERANCE  # taken before the first update
-
-
-def test_engine_old_logprobs_and_importance_weights():
-    model = tiny_model("qwen3")
-    batch = batch_of(model, False)
-    shifted = [replace(s, rollout=replace(s.rollout, logprobs=s.rollout.logprobs + math.log(2))) for s in batch.samples]
-    shifted = replace(batch, samples=shifted)
-    engine = GRPOConfig(old_logprobs="engine", dual_clip=None, max_grad_norm=None)
-    _, report = gradient_after(model, shifted, engine)  # ratio 1/2: clips where A < 0
-    negative = sum(len(s.rollout.token_ids) for s, a in zip(batch.samples, batch.advantages, strict=True) if a < 0)
-    count = sum(len(s.rollout.token_ids) for s in batch.samples)
-    assert report["policy/clip_low"] == pytest.approx(negative / count)
-    assert report["policy/logprob_difference_mean"] == pytest.approx(math.log(2), abs=TOLERANCE)
-    plain, _ = gradient_after(model, batch, GRPOConfig(max_grad_norm=None))
-    halved, report = gradient_after(model, shifted, GRPOConfig(max_grad_norm=None, tis_cap=2.0))
-    assert report["policy/tis_weight"] == pytest.approx(0.5, abs=TOLERANCE)
-    for name in plain:
-        torch.testing.assert_close(halved[name], plain[name] / 2, rtol=1e-3, atol=float(plain[name].abs().max()) * 1e-4)
-
-
-def test_kl_to_a_reference():
-    model = tiny_model("qwen3")
-    batch = replace(batch_of(model, False), advantages=torch.zeros(9))
-    config = GRPOConfig(kl_coef=0.5, kl_kind="k3")
-    same = Learner(model, copy.deepcopy(model), config).update(batch, 0.0)
-    other = Learner(model, tiny_model("qwen3", seed=1), config).update(batch, 0.0)
-    assert same["policy/kl"] == 0
-    assert same["optim/grad_norm"] == 0
-    assert other["policy/kl"] > 0.01
-    assert other["optim/grad_norm"] > 0
-    assert other["policy/loss"] > 0
-
-
-def test_bf16_forward_is_close_and_parameters_stay():
-    model = tiny_model("qwen3")
-    batch = batch_of(model, False)
-    plain, _ = gradient_after(model, batch, GRPOConfig(max_grad_norm=None))
-    mixed, _ = gradient_after(model, batch, GRPOConfig(max_grad_norm=None, precision="bf16"))
-    norm = sum(float(g.square().sum()) for g in plain.values()) ** 0.5
-    error = sum(float((mixed[n] - plain[n]).square().sum()) for n in plain) ** 0.5
-    assert 0 < error < 0.3 * norm
-    assert all(p.dtype == torch.float32 for p in model.parameters())
-
-
-def test_a_non_finite_gradient_stops_before_the_step():
-    model = tiny_model("qwen3")
-    batch = replace(batch_of(model, False), advantages=torch.full((9,), float("inf")))
-    before = weights_of(model)
-    with pytest.raises(RuntimeError, match="non-finite"):
-        Learner(model, None, GRPOConfig()).update(batch, 1e-3)
-    assert_same_weights(before, weights_of(model))
-
-
-def test_dropout_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"no dropout.*self_attn"):
-        Learner(tiny_model("qwen3", attention_dropout=0.1), None, GRPOConfig())
-
-
-# The loop
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
@@ -262,6 +121,44 @@ def test_unscorable_and_failed_samples_teach_nothing(caplog):
     assert record.metrics["reward/total"] == pytest.approx(0.5)
     assert record.tables[1] is None
     assert "'p1' failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, lambda lengths: [1 / sum(lengths)] * 4),
+        ({"aggregation": "sequence"}, lambda lengths: [1 / (4 * length) for length in lengths]),
+        ({"aggregation": "constant", "aggregation_length": 50}, lambda lengths: [1 / 200] * 4),
+    ],
+)
+def test_options_reach_the_batch(options, expected):
+    totals = iter([[0.0, 1.0], [2.0, 6.0]])
+    config = GRPOConfig(**QUIET, **options, advantage_ddof=0, advantage_eps=0.5, warmup_steps=4)
+    trained = make(config=config, reward=lambda group: RewardTable({}, next(totals)))
+    update, batches = trained.learner.update, []
+    trained.learner.update = lambda batch, rate: (batches.append(batch), update(batch, rate))[1]
+    record = trained.train_step(prompts(2, n=2))
+    assert batches[0].advantages.tolist() == pytest.approx([-0.5, 0.5, -0.8, 0.8])  # std 1/2 and 2, plus 1/2
+    lengths = [len(r.token_ids) for g in record.groups for r in g.rollouts]
+    assert batches[0].weights.tolist() == pytest.approx(expected(lengths))
+    assert record.metrics["optim/lr"] == 1e-3 / 4
+
+
+def test_seeds_of_requests():
+    def drawn(trained, requests):
+        groups = trained.train_step(requests).groups
+        return [[rollout.token_ids.tolist() for rollout in group.rollouts] for group in groups]
+
+    prompt = prompts(1)[0]
+    twins = [replace(prompt, request_id="a"), replace(prompt, request_id="b")]
+    trained = make(config=GRPOConfig(**{**QUIET, "learning_rate": 0.0}))
+    first, second = drawn(trained, twins), drawn(trained, twins)
+    assert len({str(samples) for samples in first + second}) == 4  # another noise in each place and step
+    fixed = [replace(twins[0], sampling=replace(prompt.sampling, seed=3))]
+    assert drawn(trained, fixed) == drawn(trained, fixed)  # the caller's own seed stays
+    other = make(config=GRPOConfig(**{**QUIET, "learning_rate": 0.0}, seed=1))
+    assert drawn(other, twins) != first
+    assert drawn(make(config=trained.config), twins) == first
 
 
 @pytest.mark.parametrize("where", ["total", "part"])

@@ -162,7 +162,7 @@ def test_unfinished_requests_at_an_update(make_engine, requests):
     prefilled = engine.stats()["prefilled_tokens"]
     with pytest.raises(ValueError, match=r"expected no unfinished requests, got 3.*request-0.*in_flight"):
         engine.update_weights()
-    with pytest.raises(ValueError, match=r"expected in_flight.*'keep'"):
+    with pytest.raises(ValueError, match=r"'error' or 'abort', got 'keep' \(in_flight\)"):
         engine.update_weights(in_flight="keep")
     assert engine.weight_version == 0
     train_step(model)
@@ -273,83 +273,6 @@ def test_shadow_of_moved_parameters_does_not_pile_up(make_engine, requests):
     engine.update_weights()
     assert engine.memory_report()["shadow_weights"] == size
     assert_same(engine.generate(requests(model)), make_engine(source, dtype=torch.float64).generate(requests(model)))
-
-
-BAD_WEIGHTS = {
-    "unknown": (lambda w: w | {"model.nothing.weight": torch.zeros(1)}, "'model.nothing.weight'"),
-    "missing": (lambda w: dict(list(w.items())[3:]), r"model.language_model.*missing: 3"),
-    "shape": (
-        lambda w: w | {"lm_head.weight": torch.zeros(271, 47)},
-        r"\[271, 48\], got .*\[271, 47\] \(lm_head.weight\)",
-    ),
-    "dtype": (lambda w: w | {"lm_head.weight": torch.zeros(271, 48).int()}, r"floating .*torch.int32.*lm_head.weight"),
-    "twice": (
-        lambda w: w | {"visual.merger.ln_q.weight": torch.zeros(32)},
-        r"equal values .*visual.merger.ln_q.weight",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BAD_WEIGHTS)
-def test_bad_weights_change_nothing(case, make_engine, requests):
-    model = tiny_model("qwen2_5_vl")
-    engine = make_engine(model)
-    before, groups = state(model), engine.generate(requests(model)[1:])
-    engine.add_request(requests(model)[0])
-    change, message = BAD_WEIGHTS[case]
-    names = dict(tiny_model("qwen2_5_vl", seed=5).named_parameters())
-    with pytest.raises(ValueError, match=message):
-        engine.update_weights(change(names), in_flight="abort")
-    assert_state(model, before)
-    assert (engine.weight_version, engine.stats()["waiting"]) == (0, 1)
-    assert_same(engine.generate(requests(model)[1:]), groups)
-
-
-def test_tied_names_must_agree(make_engine):
-    model = tiny_model("llama", tie_word_embeddings=True)
-    engine = make_engine(model)
-    new = tiny_model("llama", seed=5, tie_word_embeddings=True).state_dict()
-    engine.update_weights(new | {"lm_head.weight": new["lm_head.weight"].clone()})
-    assert_state(model, new)
-    with pytest.raises(ValueError, match=r"tied parameters.*embed_tokens.weight, lm_head.weight"):
-        engine.update_weights(new | {"lm_head.weight": new["lm_head.weight"] + 1})
-    del new["lm_head.weight"]
-    engine.update_weights(new)
-    assert engine.weight_version == 2
-
-
-OLD_NAMES = {
-    "5.x": (),
-    "4.51": (("model.language_model.", "model."), ("model.visual.", "visual.")),
-    "4.52 text": (("model.language_model.", "language_model.model."), ("model.visual.", "visual.")),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("names", OLD_NAMES)
-def test_weights_by_the_names_of_all_generations(names, dtype, make_engine, requests):
-    model, source = tiny_model("qwen2_5_vl"), tiny_model("qwen2_5_vl", seed=5).to(dtype)
-    engine = make_engine(model)
-    engine.generate(requests(model))
-    pairs = []
-    for name, parameter in source.named_parameters():
-        renamed = next((new + name[len(old) :] for old, new in OLD_NAMES[names] if name.startswith(old)), name)
-        pairs.append((renamed, parameter))
-    engine.update_weights(iter(pairs))
-    assert_state(model, {name: tensor.float() for name, tensor in source.state_dict().items()})
-    assert_same(engine.generate(requests(model)), make_engine(copy.deepcopy(model)).generate(requests(model)))
-
-
-def test_partial_weights(make_engine, requests):
-    model = tiny_model("qwen3")
-    engine = make_engine(model)
-    expected = state(model)
-    expected["model.layers.1.self_attn.k_proj.weight"] = torch.randn(32, 48)
-    engine.update_weights(
-        {"model.layers.1.self_attn.k_proj.weight": expected["model.layers.1.self_attn.k_proj.weight"]}, partial=True
-    )
-    assert_state(model, expected)
-    assert_same(engine.generate(requests(model)), make_engine(copy.deepcopy(model)).generate(requests(model)))
 
 
 class Lora(nn.Linear):

@@ -1,0 +1,320 @@
+"""What cannot run is refused by name, what fails takes nobody with it, and nothing is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams
+from foveate.rollout.engine import Engine, RequestError
+from foveate.rollout.testing import FAMILIES, special_id, tiny_model
+from foveate.rollout.types import Request, VisionInputs
+
+IMAGE, VIDEO = special_id("<|image_pad|>"), special_id("<|video_pad|>")
+PATCH_DIM = 3 * 2 * 14 * 14
+GRID = torch.tensor([[1, 4, 4]])
+PIXELS = torch.zeros(16, PATCH_DIM)
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return tiny_model("qwen2_5_vl")
+
+
+@pytest.fixture
+def engine(make_engine, vlm):
+    return make_engine(vlm, max_sequences=8, max_context=200)
+
+
+def texts(count: int) -> list[Request]:
+    sampling = SamplingParams(max_tokens=6, seed=4, ignore_eos=True)
+    return [Request(f"good {i}", n=2, sampling=sampling) for i in range(count)]
+
+
+def tokens_of(groups) -> list[list[list[int]]]:
+    return [[rollout.token_ids.tolist() for rollout in group.rollouts] for group in groups]
+
+
+def assert_empty(engine: Engine) -> None:
+    assert engine.memory_report()["kv_pages_used"] == engine._scheduler.promised == 0
+    assert not engine.has_unfinished
+    assert not engine._groups
+
+
+WRONG_VALUES = [
+    (SamplingParams, {"temperature": -1.0}, r"temperature 0 or in \[1e-4, inf\), got -1.0 \(temperature\)"),
+    (SamplingParams, {"temperature": 1e-5}, "temperature"),
+    (SamplingParams, {"temperature": float("nan")}, "temperature"),
+    (SamplingParams, {"temperature": float("inf")}, "temperature"),
+    (SamplingParams, {"top_p": 0.0}, r"0 < top_p <= 1, got 0.0"),
+    (SamplingParams, {"top_p": 1.1}, "top_p"),
+    (SamplingParams, {"top_k": -1}, "top_k"),
+    (SamplingParams, {"top_k": 1.5}, "top_k"),
+    (SamplingParams, {"min_p": -0.1}, "min_p"),
+    (SamplingParams, {"min_p": 1.1}, "min_p"),
+    (SamplingParams, {"max_tokens": 0}, "max_tokens"),
+    (SamplingParams, {"min_tokens": -1}, "min_tokens"),
+    (SamplingParams, {"min_tokens": 5, "max_tokens": 4}, "min_tokens <= max_tokens, got 5"),
+    (SamplingParams, {"seed": 1.0}, "seed"),
+    (SamplingParams, {"stop": ("",)}, "stop"),
+    (SamplingParams, {"stop": (1,)}, "stop"),
+    (SamplingParams, {"stop_token_ids": (-1,)}, "stop_token_ids"),
+    (SamplingParams, {"stop_token_ids": 5}, "stop_token_ids"),
+    (SamplingParams, {"banned_token_ids": ("a",)}, "banned_token_ids"),
+    (SamplingParams, {"allowed_token_ids": ()}, "allowed_token_ids"),
+    (Request, {"prompt": "x", "n": 0}, "an int >= 1, got 0"),
+    (Request, {"prompt": "x", "n": 0, "request_id": "mine"}, "request 'mine'"),
+    (Request, {"prompt": "x", "prefix_len": -1}, "prefix_len"),
+    (Request, {"prompt": "x", "images": [1], "vision": VisionInputs(PIXELS, GRID)}, "images or vision, not both"),
+    (EngineConfig, {"page_size": 0}, "page_size"),
+    (EngineConfig, {"max_batch_tokens": 0}, "max_batch_tokens"),
+    (EngineConfig, {"max_sequences": 0}, "max_sequences"),
+    (EngineConfig, {"decode_burst": 0}, "decode_burst"),
+    (EngineConfig, {"kv_memory": 0}, "kv_memory"),
+    (EngineConfig, {"vision_cache_memory": -1}, "vision_cache_memory"),
+    (EngineConfig, {"max_context": 1}, "max_context"),
+    (EngineConfig, {"dtype": torch.int8}, "floating dtype or None, got torch.int8"),
+    (EngineConfig, {"backend": "numpy"}, "backend"),
+    (PruneConfig, {"method": "x", "keep": 0}, "keep"),
+]
+
+
+@pytest.mark.parametrize(("cls", "fields", "message"), WRONG_VALUES, ids=lambda v: str(v)[:40])
+def test_constructors_refuse_wrong_values(cls, fields, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        cls(**fields)
+    assert "expected " in str(caught.value)
+    assert "got " in str(caught.value)
+
+
+def sampling(**fields) -> dict:
+    return {"prompt": "x", "sampling": SamplingParams(max_tokens=4, **fields)}
+
+
+def pictured(ids, pixels=PIXELS, grid=GRID, **fields) -> dict:
+    return {"prompt": ids, "vision": VisionInputs(pixels, grid), **fields}
+
+
+USER = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+BAD_REQUESTS = {
+    "stop id": (sampling(stop_token_ids=(271,)), r"ids < 271, got \[271\] \(stop_token_ids\)"),
+    "allowed id": (sampling(allowed_token_ids=(1, 300)), r"got \[300\] \(allowed_token_ids\)"),
+    "banned id": (sampling(banned_token_ids=(999,)), r"got \[999\] \(banned_token_ids\)"),
+    "nothing allowed": (sampling(allowed_token_ids=(5,), banned_token_ids=(5,)), "at least one id"),
+    "only vision allowed": (sampling(allowed_token_ids=(IMAGE,)), "at least one id"),
+    "only stops": (sampling(allowed_token_ids=(258,), min_tokens=2), "id that does not stop"),
+    "n": ({"prompt": "x", "n": 9}, r"n <= max_sequences = 8, got 9"),
+    "long prompt": ({"prompt": [1] * 200}, "shorter than the context of 200, got 200"),
+    "empty": ({"prompt": ""}, "prompt"),
+    "no ids": ({"prompt": torch.zeros(0, dtype=torch.int64)}, "at least one token, got none"),
+    "negative id": ({"prompt": [3, -1]}, r"\[0, 271\), got -1"),
+    "large id": ({"prompt": [3, 271]}, r"\[0, 271\), got 271"),
+    "float ids": ({"prompt": torch.zeros(3)}, r"integer ids \[P\], got torch.float32"),
+    "2-D ids": ({"prompt": torch.zeros((1, 3), dtype=torch.int64)}, r"\[1, 3\]"),
+    "other items": ({"prompt": [1.5]}, "ints"),
+    "number": ({"prompt": 5}, "text, chat messages or token ids, got int"),
+    "role": ({"prompt": [{"content": "x"}]}, "role"),
+    "second message": ({"prompt": [{"role": "user", "content": "x"}, {"content": "x"}]}, "messages with a role"),
+    "prefix too long": ({"prompt": [1, 2], "prefix_len": 3}, r"prompt's 2 tokens, got 3 \(prefix_len\)"),
+    "prefix cuts": (pictured([1, IMAGE, IMAGE, IMAGE, IMAGE], prefix_len=2), "does not cut image 0"),
+    "video": ({"prompt": [1, VIDEO]}, f"no video placeholders.*{VIDEO}"),
+    "missing placeholder": (pictured([1, 2]), r"4 image placeholders.*got 0"),
+    "missing image": ({"prompt": USER}, "got 1 for 0 images"),
+    "more images": ({"prompt": USER, "images": [np.zeros((56, 56, 3), np.uint8)] * 2}, "got 1 for 2 images"),
+    "not expanded": (pictured([1, IMAGE]), "got 1.*placeholders expanded"),
+    "gap": (pictured([IMAGE, 1, IMAGE, IMAGE, IMAGE]), "adjacent placeholders.*image 0"),
+    "touching": (
+        pictured([IMAGE] * 8, torch.zeros(32, PATCH_DIM), GRID.repeat(2, 1)),
+        "a token between two images.*image 1",
+    ),
+    "grid shape": (pictured([IMAGE] * 4, grid=GRID[0]), r"\[images, 3\]"),
+    "odd grid": (pictured([IMAGE] * 4, grid=torch.tensor([[1, 3, 4]])), "multiples of 2"),
+    "patch count": (pictured([IMAGE] * 4, PIXELS[1:]), r"\[16, 1176\], got \[15, 1176\]"),
+    "patch size": (pictured([IMAGE] * 4, PIXELS[:, 1:]), r"\[16, 1176\], got \[16, 1175\]"),
+    "image type": ({"prompt": USER, "images": [5]}, "PIL image, an array or a path, got int"),
+    "image dtype": ({"prompt": USER, "images": [np.zeros((56, 56, 3))]}, "uint8"),
+    "image file": ({"prompt": USER, "images": ["/nowhere.png"]}, "nowhere.png"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_a_request_that_cannot_run(case, engine):
+    """add_request raises and names it; in a batch its group says so and its neighbours are untouched."""
+    fields, message = BAD_REQUESTS[case]
+    bad = Request(**{"request_id": "bad one", **fields})
+    with pytest.raises(ValueError, match=f"(?s)^request 'bad one': expected.*{message}"):
+        engine.add_request(bad)
+    assert_empty(engine)
+    assert engine.num_requests == 0
+    good = texts(3)
+    expected = tokens_of(engine.generate(good, strict=True))
+    groups = engine.generate([good[0], bad, *good[1:]])
+    assert tokens_of([groups[0], *groups[2:]]) == expected
+    failed = groups[1]
+    assert isinstance(failed.error, ValueError)
+    assert "bad one" in str(failed.error)
+    assert (failed.request, failed.request_id, len(failed.rollouts)) == (bad, "bad one", bad.n)
+    for rollout in failed.rollouts:
+        assert rollout.finish_reason == "error"
+        assert [len(t) for t in (rollout.token_ids, rollout.logprobs, rollout.log_kept, rollout.entropy)] == [0] * 4
+    assert engine.stats()["failed"] == 1
+    assert_empty(engine)
+
+
+def test_strict_raises_when_all_have_ended(engine):
+    good = texts(3)
+    expected = tokens_of(engine.generate(good))
+    with pytest.raises(RequestError, match=r"2 of 5 requests failed.*'x'.*got 999") as caught:
+        engine.generate([*good, Request([999], request_id="x"), Request([-1])], strict=True)
+    assert tokens_of(caught.value.groups[:3]) == expected
+    assert [group.error is None for group in caught.value.groups] == [True] * 3 + [False] * 2
+    assert_empty(engine)
+
+
+def test_text_models_take_no_images(make_engine):
+    engine = make_engine("llama")
+    for fields in ({"images": [np.zeros((56, 56, 3), np.uint8)]}, {"vision": VisionInputs(PIXELS, GRID)}):
+        with pytest.raises(ValueError, match="expected no images for a text model"):
+            engine.add_request(Request("x", **fields))
+
+
+def test_what_needs_a_processor(vlm):
+    engine = Engine(vlm, None, EngineConfig(kv_memory=1 << 20))
+    for fields, message in (
+        ({"prompt": "text"}, "no tokenizer"),
+        ({"prompt": USER}, "no tokenizer"),
+        ({"prompt": [1], "images": [np.zeros((56, 56, 3), np.uint8)]}, "no image processor"),
+        (
+            {"prompt": [1], "sampling": SamplingParams(stop=("x",))},
+            "no stop strings, because the engine has no tokenizer",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.add_request(Request(**fields))
+    (group,) = engine.generate([Request(**pictured([1, *[IMAGE] * 4, 2]), sampling=SamplingParams(max_tokens=2))])
+    assert group.rollouts[0].text == ""
+
+
+def test_duplicate_ids(engine):
+    one = dataclasses.replace(texts(3)[0], request_id="same")
+    unnamed = texts(1)
+    groups = engine.generate([one, one, Request([-1]), *unnamed, *unnamed])
+    assert [group.error is None for group in groups] == [True, False, False, True, True]
+    assert len({group.request_id for group in groups}) == 4
+    assert groups[2].request_id in str(groups[2].error)
+    assert "'same': expected an id that is not in use" in str(groups[1].error)
+    engine.add_request(one)
+    engine.abort("same")  # ended, but not handed out yet
+    (group,) = engine.generate([one])
+    assert "not in use" in str(group.error)
+    assert [group.request_id for group in engine.step()] == ["same"]
+    assert engine.generate([one])[0].error is None  # handed out: free again
+    assert_empty(engine)
+
+
+def test_pool_too_small(make_engine, vlm):
+    full = make_engine(vlm).memory_report()
+    engine = make_engine(vlm, kv_memory=4 * full["kv_capacity"] // full["kv_pages"])  # pages of 8 tokens
+    fits = Request([1] * 16, n=2, sampling=SamplingParams(max_tokens=9))
+    assert engine.generate([fits], strict=True)[0].error is None
+    for fields in ({"prompt": [1] * 17}, {"n": 3}, {"sampling": SamplingParams(max_tokens=10)}):
+        with pytest.raises(ValueError, match=r"fits into 4 pages of 8 tokens.*got one of [56] pages \(kv_memory\)"):
+            engine.add_request(dataclasses.replace(fits, **fields))
+    with pytest.raises(ValueError, match=r"at least one page of \d+ bytes, got 9 \(kv_memory\)"):
+        make_engine(vlm, kv_memory=9)
+
+
+def test_max_tokens_are_cut_by_the_context(engine, caplog):
+    params = SamplingParams(max_tokens=50, ignore_eos=True)
+    with caplog.at_level(logging.WARNING, "foveate"):
+        groups = engine.generate([Request([1] * length, sampling=params) for length in (150, 151, 199)])
+    assert [len(group.rollouts[0].token_ids) for group in groups] == [50, 49, 1]
+    assert {group.rollouts[0].finish_reason for group in groups} == {"length"}
+    assert [record.getMessage() for record in caplog.records] == [
+        "request 'request-1': max_tokens cut from 50 to 49 by the context of 200",
+        "request 'request-2': max_tokens cut from 50 to 1 by the context of 200",
+    ]
+
+
+def test_nan_in_one_picture_fails_that_request_alone(engine, chat, picture):
+    good = [chat("fine", [picture(56, 56)], max_tokens=5, seed=1, n=2), *texts(3)]
+    expected = tokens_of(engine.generate(good, strict=True))
+    engine._runner.vision.clear()
+    bad = Request(**pictured([1, *[IMAGE] * 4, 2], torch.full_like(PIXELS, torch.nan)), n=2, request_id="nan")
+    groups = engine.generate([good[0], bad, *good[1:]])
+    assert "request 'nan': expected finite logits" in str(groups[1].error)
+    assert [(r.finish_reason, len(r.token_ids)) for r in groups[1].rollouts] == [("error", 0)] * 2
+    assert torch.equal(groups[1].prompt_ids, torch.tensor([1, *[IMAGE] * 4, 2]))
+    assert tokens_of([groups[0], *groups[2:]]) == expected
+    assert tokens_of(engine.generate(good, strict=True)) == expected
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nan_after_some_tokens(family, make_engine):
+    """An embedding row that is NaN spoils the prompts that hold its id and the samples that draw it."""
+    model = tiny_model(family)
+    engine = make_engine(model)
+    letter = engine._processor.tokenizer("~")["input_ids"][0]
+    ban = SamplingParams(max_tokens=20, seed=1, banned_token_ids=(letter,), ignore_eos=True)
+    good = [Request(f"good {i}", n=2, sampling=ban) for i in range(3)]
+    expected = tokens_of(engine.generate(good, strict=True))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[letter] = torch.nan
+    force = dataclasses.replace(ban, banned_token_ids=(), allowed_token_ids=(letter,))
+    bad = [Request("a ~", n=2, sampling=ban), Request("draws it", n=2, sampling=force)]
+    groups = engine.generate([bad[0], *good, bad[1]])
+    assert tokens_of(groups[1:4]) == expected
+    for group in (groups[0], groups[4]):
+        assert "expected finite logits" in str(group.error)
+        assert tokens_of([group]) == [[[], []]]
+    assert tokens_of(engine.generate(good, strict=True)) == expected
+    assert_empty(engine)
+
+
+MODELS = {
+    "sliding window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        r"full attention.*sliding_attention \(layer 1\)",
+    ),
+    "dynamic rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}},
+        "rope_type one of .*'dynamic'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_unsupported_models(case, make_engine):
+    family, fields, message = MODELS[case]
+    with pytest.raises(ValueError, match=message):
+        make_engine(tiny_model(family, **fields))
+
+
+def test_unsupported_families_and_config(make_engine, vlm):
+    import transformers as hf
+
+    gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16))
+    for model, name in ((gpt2, "gpt2"), (torch.nn.Linear(2, 2), "Linear")):
+        with pytest.raises(ValueError, match=rf"a model of one of .*qwen2_5_vl.*, got '{name}' \(model\)"):
+            make_engine(model)
+    with pytest.raises(ValueError, match=r"model's device cpu, got meta \(device\)"):
+        make_engine(vlm, device="meta")
+    with pytest.raises(ValueError, match=r"backend of paged_attention among .*got 'cuda'"):
+        make_engine(vlm, backend="cuda")
+    assert make_engine(vlm, device="cpu").shares_weights
+    for fields in ({"prune": PruneConfig("vscan")}, {"deterministic": True}):
+        with pytest.raises(NotImplementedError, match=rf"EngineConfig.{next(iter(fields))} .*later release"):
+            make_engine(vlm, **fields)
+
+
+@pytest.mark.parametrize("name", ["score", "interrupt", "resume", "sleep", "wake"])
+def test_promised_names(name, engine):
+    with pytest.raises(NotImplementedError, match=f"Engine.{name} comes with a later release"):
+        getattr(engine, name)()

@@ -26,8 +26,8 @@ class GRPOConfig:
     clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. dual_clip: bounds the loss of a
     token of negative advantage A by -dual_clip A; None is off. kl_coef, kl_kind: see `kl_penalty`.
     aggregation: see `sample_weights`; aggregation_length: its constant. old_logprobs: "recompute" by the trainer's
-    own forward before the first update, or the "engine"'s. tis_cap: see `importance_weights`; None is off, inf does not truncate.
-    advantage_eps, advantage_ddof: see `foveate.kernels.policy_loss.group_advantage`.
+    own forward before the first update, or the "engine"'s. tis_cap: see `importance_weights`; None is off, inf
+    does not truncate. advantage_eps, advantage_ddof: see `foveate.kernels.policy_loss.group_advantage`.
     precision: "bf16" runs the forward under autocast, parameters and log-probs stay as they are.
     eval_every, save_every: in steps, 0 is never. log_every: of printed lines. seed: of the order of prompts and of
     the requests that bring none. progress: "rich" (needs rich), "plain", "none", or "auto": rich where it is installed

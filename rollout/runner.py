@@ -31,9 +31,9 @@ class Runner:
         self.vision = None
         if spec.vision is not None:
             self.vision = VisionEncoder(spec.vision, weights.dtype, config.vision_cache_memory)
-        # Zeros, not empty: on a CPU the system then commits memory as pages are first written.
+        # Not zeros: on a CPU the system commits the memory of pages as they are first written.
         shape = (2, spec.num_layers, num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
-        self.kv_pool = torch.zeros(shape, dtype=weights.dtype, device=self.device)
+        self.kv_pool = torch.empty(shape, dtype=weights.dtype, device=self.device)
 
     def prefill(self, groups: list[Group]) -> int:
         """Computes the segments of the groups' prompts that have no KV yet; returns their number of tokens."""

@@ -106,7 +106,7 @@ def _number(value: float | None, style: str = "") -> str:
 
 
 def highlight(scene: Scene, reply: Reply) -> str:
-    """The reply as HTML: statements of the think part and the answer marked as true or false, tags in the background."""
+    """The reply as HTML: the think part's statements and the answer marked true or false, tags in the background."""
     words = reply.text.split()
     facts = set(scene.facts)
     right = "true" if reply.parts.get("accuracy") == 1.0 else "false"

@@ -27,7 +27,7 @@ QUESTIONS = {
     "count": "number of digits ?",
     "top-left": "digit at top-left ?",
 }
-QUESTION_SHARES = (1 / 6, 2 / 6, 1 / 6, 2 / 6)  # in the order of QUESTIONS
+QUESTION_SHARES = (1 / 8, 3 / 8, 1 / 8, 3 / 8)  # in the order of QUESTIONS
 
 
 @dataclass(frozen=True, eq=False)

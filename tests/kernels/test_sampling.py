@@ -220,6 +220,33 @@ def test_what_remains_may_be_far_below_what_was_banned():
     assert output.log_kept[0].item() < -497
 
 
+def test_top_p_decides_to_the_last_integer():
+    """Two ids: at p = floor(2^24 share) / 2^24 the first suffices, at the next p it does not."""
+    distance = np.random.default_rng(8).uniform(0.01, 9, 3000).astype(F32)
+    logits = np.stack([np.zeros_like(distance), -distance], 1)
+    first = 2**40
+    totals = [first + math.floor(math.exp(-float(d)) * first) for d in distance]
+    share = np.array([first * 2**24 // total for total in totals])
+    for p, kept_all in ((share, False), (share + 1, True)):
+        output = sample(logits, top_p=torch.from_numpy((p / 2**24).astype(F32)))
+        assert torch.equal(output.log_kept == 0, torch.full((3000,), kept_all))
+
+
+def test_top_p_arithmetic_is_exact(monkeypatch):
+    monkeypatch.setattr(reference, "_integer_weights", lambda values, peak: values.long())
+    rng = np.random.default_rng(9)
+    for largest in (1, 9, 1000, 2**23, 2**40):
+        weights = -np.sort(-rng.integers(0, largest + 1, (200, 12)))
+        weights[:, 0] = largest
+        top_p = rng.integers(1, 2**24, 200) / 2**24
+        values, limits = torch.from_numpy(weights), torch.full((200,), 12)
+        counts, reached = reference._top_p_count(values, values, limits, torch.from_numpy(top_p.astype(F32)))
+        assert reached.all()
+        for row, p, count in zip(weights.tolist(), top_p, counts.tolist(), strict=True):
+            enough = [sum(row[:k]) * 2**24 >= int(p * 2**24) * sum(row) for k in range(1, 13)]
+            assert count == enough.index(True) + 1
+
+
 def test_top_p_sorts_a_whole_row_where_the_first_ids_do_not_reach_it():
     rng = np.random.default_rng(1)
     vocab = reference._FIRST_SORT * 3 + 1
@@ -232,18 +259,6 @@ def test_top_p_sorts_a_whole_row_where_the_first_ids_do_not_reach_it():
     truths = [Truth(logits[i], top_k=int(top_k[i]), top_p=top_p[i], seed=i) for i in range(6)]
     assert len(truths[1].kept) > reference._FIRST_SORT > len(truths[3].kept)
     assert check_rows(output, truths, vocab) == 0
-
-
-def test_noise_is_accurate_and_finite_everywhere():
-    rng = np.random.default_rng(0)
-    edges = [0, 1, 2, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 2, 2**32 - 1]
-    words = edges + [int(x) for x in rng.integers(0, 2**32, 2000)]
-    noise = reference.gumbel(torch.tensor(words)).double().numpy()
-    exact = np.array([plain_gumbel(word) for word in words])
-    # The contract lets g differ by 4 ulp; near g = 0 (e near 1) that is an ulp of 1, the argument of the log.
-    assert np.all(np.abs(noise - exact) <= 4 * np.spacing(np.maximum(np.abs(exact), 1).astype(F32)))
-    assert exact.max() < 22.88
-    assert exact.min() > -3.14
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0, 20.0])

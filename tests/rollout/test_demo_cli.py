@@ -99,9 +99,14 @@ def test_the_command_is_installed():
 
 def test_threads_are_put_back():
     before = torch.get_num_threads()
-    with pytest.raises(RuntimeError), thread_count(before + 1):
-        assert torch.get_num_threads() == before + 1
-        raise RuntimeError
+
+    def fail():
+        with thread_count(before + 1):
+            assert torch.get_num_threads() == before + 1
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert torch.get_num_threads() == before
 
 

@@ -92,7 +92,7 @@ def test_shares_of_kinds_and_counts():
     scenes = take("train", 1, 2000)
     kinds, counts = Counter(scene.kind for scene in scenes), Counter(len(scene.digits) for scene in scenes)
     # Five standard errors of a share p of 2,000 scenes are at most 5 sqrt(.25 / 2000) = 0.056.
-    for kind, share in zip(QUESTIONS, (1 / 6, 1 / 3, 1 / 6, 1 / 3), strict=True):
+    for kind, share in zip(QUESTIONS, (1 / 8, 3 / 8, 1 / 8, 3 / 8), strict=True):
         assert abs(kinds[kind] / 2000 - share) < 0.056
     for count, share in zip((1, 2, 3, 4), (0.3, 0.3, 0.25, 0.15), strict=True):
         assert abs(counts[count] / 2000 - share) < 0.056
@@ -119,19 +119,7 @@ def test_chat_template(scenes, tokenizer):
     assert text == f"<|im_start|> user {image} {question} <|im_end|> <|im_start|> assistant"
     messages = [{"role": "user", "content": "sum of digits ?"}, {"role": "assistant", "content": "7"}]
     plain = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert plain.split() == [
-        "<|im_start|>",
-        "user",
-        "sum",
-        "of",
-        "digits",
-        "?",
-        "<|im_end|>",
-        "<|im_start|>",
-        "assistant",
-        "7",
-        "<|im_end|>",
-    ]
+    assert plain.strip() == "<|im_start|> user sum of digits ? <|im_end|> <|im_start|> assistant 7 <|im_end|>"
 
 
 def test_an_image_is_four_tokens(scenes):

@@ -149,7 +149,9 @@ class Driver:
         assert self.scheduler.tree.pool.num_free >= self.scheduler.promised
 
     def finish(self) -> None:
-        while self.scheduler.has_unfinished:
+        for _ in range(1000):  # far more than the tokens of all groups
+            if not self.scheduler.has_unfinished:
+                break
             self.step()
         assert not self.queue
         assert not self.running

@@ -260,7 +260,9 @@ def test_a_resumed_run_takes_the_same_next_step(tied, tmp_path):
     resumed.train_step(prompts(1))  # leaves optimiser state and weights that must all be replaced
     resumed.engine.generate(prompts(1), progress=False)
     addresses = [p.data_ptr() for p in resumed.model.parameters()]
+    version = resumed.engine.weight_version
     resumed.load_checkpoint(tmp_path / "two")
+    assert resumed.engine.weight_version == version + 1  # nothing cached under the other weights is used
     assert addresses == [p.data_ptr() for p in resumed.model.parameters()]
     assert resumed.step == 2
     again = []

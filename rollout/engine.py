@@ -62,9 +62,9 @@ class Engine:
         choose("paged_attention", self.config.backend)
         self.model = model
         self.spec = models.describe(model)
-        device = self.spec.lm_head.weight.device
-        if self.config.device is not None and torch.device(self.config.device) != device:
-            raise ValueError(f"expected the model's device {device}, got {self.config.device} (device)")
+        device, asked = self.spec.lm_head.weight.device, torch.device(self.config.device or "cpu")
+        same = self.config.device is None or (asked.type == device.type and asked.index in (None, device.index))
+        require(same, f"the model's device {device}", self.config.device, "device")
         self._weights = Weights(self.spec, self.config.dtype, self.config.fuse)
         self.weight_version = self.vision_version = 0
         self.num_requests = 0  # added so far: the seed of a request that brings none depends on it

@@ -68,7 +68,8 @@ class PromptProcessor:
         if isinstance(prompt, str):
             ids = self._expand(self.tokenizer(prompt, add_special_tokens=_is_plain_text(request))["input_ids"], tokens)
         else:
-            ids = torch.as_tensor(prompt, dtype=torch.int64, device="cpu")
+            # A copy: the caller may write to its tensor while the request waits.
+            ids = torch.as_tensor(prompt, dtype=torch.int64, device="cpu").clone()
         self._check_ids(ids)
         spans = self._image_spans(ids, tokens)
         inputs = tuple(
@@ -81,18 +82,16 @@ class PromptProcessor:
     def _as_text_or_ids(self, request: Request) -> tuple[Any, list[Any]]:
         prompt: Any = request.prompt
         images = list(request.images)
-        if isinstance(prompt, np.ndarray):
-            prompt = torch.from_numpy(prompt)
-        if isinstance(prompt, torch.Tensor):
-            if prompt.dim() != 1 or prompt.is_floating_point():
+        if isinstance(prompt, (np.ndarray, torch.Tensor)):
+            if prompt.ndim != 1 or not _is_integer(prompt):
                 raise ValueError(f"expected integer ids [P], got {prompt.dtype} {list(prompt.shape)} (prompt)")
-            return prompt, images
-        if not isinstance(prompt, (str, Sequence)) or len(prompt) == 0:
+            return prompt if isinstance(prompt, torch.Tensor) else prompt.tolist(), images
+        if not isinstance(prompt, (str, Sequence)) or isinstance(prompt, (bytes, bytearray)) or len(prompt) == 0:
             raise ValueError(
                 f"expected text, chat messages or token ids, got {type(prompt).__name__} of length 0 or none (prompt)"
             )
         if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
-            if not all(isinstance(i, (int, np.integer)) for i in prompt):
+            if not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in prompt):
                 raise ValueError("expected token ids to be ints, got other items (prompt)")
             return prompt, images
         if self.tokenizer is None:
@@ -255,6 +254,12 @@ def _lift_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict], lis
             items.append(item)
         lifted.append({**message, "content": items})
     return lifted, images
+
+
+def _is_integer(ids: np.ndarray | torch.Tensor) -> bool:
+    if isinstance(ids, np.ndarray):
+        return ids.dtype.kind in "iu"
+    return not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
 
 
 def _is_plain_text(request: Request) -> bool:

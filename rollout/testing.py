@@ -67,12 +67,9 @@ def tiny_model(
         if family == "qwen2_5_vl":
             model = hf.Qwen2_5_VLForConditionalGeneration(_vl_config(fields, rope, vision or {}, text))
         else:
-            config_class, model_class = {
-                "llama": (hf.LlamaConfig, hf.LlamaForCausalLM),
-                "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM),
-                "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM),
-            }[family]
-            model = model_class(config_class(**{**fields, **text}))
+            name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
+            config = getattr(hf, f"{name}Config")(**{**fields, **text})
+            model = getattr(hf, f"{name}ForCausalLM")(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a dropped term
                 nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)

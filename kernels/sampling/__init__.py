@@ -17,8 +17,7 @@ It depends on seed, step and id alone: never on the row, the batch, a tile or a 
 torch are not touched.
 
 >>> from foveate.kernels.sampling import philox, reference
->>> seeds, ids = torch.full((5,), 0x0123456789ABCDEF), torch.arange(5)
->>> words = philox.token_words(seeds, torch.full((5,), 2), ids)
+>>> words = philox.noise_words(torch.tensor([0x0123456789ABCDEF]), torch.tensor([2]), 5)[0, :5].long() & 0xFFFFFFFF
 >>> [f"{word:08x}" for word in words.tolist()]
 ['c130fa24', '8ba69810', 'b4df5927', 'a5294e6e', '9aa81b3e']
 >>> [f"{noise:.4f}" for noise in reference.gumbel(words).tolist()]

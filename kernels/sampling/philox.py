@@ -77,39 +77,27 @@ def _derived_seed(seed: int, index: int, domain: int) -> int:
     return c0 | c1 << 32
 
 
-def token_words(seeds: torch.Tensor, steps: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """The noise word of each token: lane (id mod 4) of Philox(counter = (id // 4, step, 0, 0), key = seed).
+def noise_words(seeds: torch.Tensor, steps: torch.Tensor, vocab: int) -> torch.Tensor:
+    """The noise word of every token: lane (id mod 4) of Philox(counter = (id // 4, step, 0, 0), key = seed).
 
-    seeds (two's complement of the unsigned seed), steps, token_ids: int64 [N]. Returns int64 [N], in [0, 2^32).
+    seeds (two's complement of the unsigned seed), steps: int64 [N]. Returns int32 [N, vocab rounded up to a multiple
+    of 4], column = token id, the two's complement of the word.
     """
-    buffers = torch.empty(3, 2 * token_ids.numel(), dtype=torch.int64, device=token_ids.device)
-    lanes = _block_words((token_ids >> 2)[:, None], steps, _round_keys(seeds), buffers)
-    return torch.stack(lanes).gather(0, (token_ids & 3)[None, :, None])[0, :, 0]
-
-
-def fill_complements(out: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor) -> None:
-    """Fills `out` with r = 1 - u of every token's noise word, u = (word + 0.5) / 2^32, within 2 ulp.
-
-    out: float32 [N, 4 * B], rows contiguous, column = token id. seeds, steps: int64 [N]. The blocked, in-place form
-    of `token_words` over a whole vocabulary.
-    """
-    rows, width = out.shape[0], out.shape[1] // 4
-    if out.numel() == 0:
-        return
-    lanes = out.unflatten(1, (width, 4))
-    keys = _round_keys(seeds)  # [ROUNDS, 2, N, 1]
-    ids = torch.arange(width, device=out.device)
+    rows, width = len(seeds), -(-vocab // 4)
+    lanes = torch.empty(rows, width, 4, dtype=torch.int32, device=seeds.device)
+    keys = _round_keys(seeds)
+    ids = torch.arange(width, device=seeds.device)
     block = _BLOCK * torch.get_num_threads()
     num_cols = min(width, block)
-    num_rows = min(rows, max(1, block // num_cols))
-    buffers = torch.empty(3, 2 * num_rows * num_cols, dtype=torch.int64, device=out.device)
+    num_rows = max(1, min(rows, block // num_cols))
+    buffers = torch.empty(3, 2 * num_rows * num_cols, dtype=torch.int64, device=seeds.device)
     for row in range(0, rows, num_rows):
         for col in range(0, width, num_cols):
             cols, chunk = slice(col, col + num_cols), slice(row, row + num_rows)
             words = _block_words(ids[cols], steps[chunk], keys[:, :, chunk], buffers)
             for lane, word in enumerate(words):
-                lanes[chunk, cols, lane] = word.bitwise_xor_(MASK)
-    out.add_(0.5).mul_(2.0**-32)
+                lanes[chunk, cols, lane] = word
+    return lanes.view(rows, width * 4)
 
 
 def _round_keys(seeds: torch.Tensor) -> torch.Tensor:
@@ -125,11 +113,11 @@ def _block_words(
 ) -> tuple[torch.Tensor, ...]:
     """The four words of counters (id, step, 0, 0), int64 [R, C] each, in place in `buffers` (int64 [3, >= 2 R C]).
 
-    ids: [C] or [R, C]. steps: [R]. keys: [ROUNDS, 2, R, 1]. `state` holds (c2, c0), so that both products, both
-    shifts and both xors are one operation each: the high half of p0 meets c3 = lo(old p0) and that of p1 meets
-    c1 = lo(old p1). Only a factor needs clean high bits.
+    Their low 32 bits are the words. ids: [C]. steps: [R]. keys: [ROUNDS, 2, R, 1]. `state` holds (c2, c0), so that
+    both products, both shifts and both xors are one operation each: the high half of p0 meets c3 = lo(old p0) and
+    that of p1 meets c1 = lo(old p1). Only a factor needs clean high bits.
     """
-    rows, cols = len(steps), ids.shape[-1]
+    rows, cols = len(steps), len(ids)
     state, products, previous = (b[: 2 * rows * cols].view(2, rows, cols) for b in buffers)
     state[0], state[1] = 0, ids
     previous[0], previous[1] = 0, steps[:, None]
@@ -139,5 +127,4 @@ def _block_words(
         torch.bitwise_right_shift(products, 32, out=state)
         state.bitwise_xor_(previous).bitwise_xor_(key).bitwise_and_(MASK)
         products, previous = previous, products
-    previous.bitwise_and_(MASK)
     return state[1], previous[1], state[0], previous[0]

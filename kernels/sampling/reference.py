@@ -54,13 +54,15 @@ class Distribution(NamedTuple):
 
     scaled: float32 [N, V], logits / T. peak, log_total: float32 [N, 1], so that log-softmax is
     scaled - peak - log_total. weights: float32 [N, V], proportional to the probabilities of the kept set, 0
-    outside it. entropy, log_kept: float32 [N]. valid: bool [N], False where nothing can be drawn.
+    outside it. bounds: float32 [N, W], W = V rounded up to whole slabs, room for the race's p / r. entropy, log_kept:
+    float32 [N]. valid: bool [N], False where nothing can be drawn.
     """
 
     scaled: torch.Tensor
     peak: torch.Tensor
     log_total: torch.Tensor
     weights: torch.Tensor
+    bounds: torch.Tensor
     entropy: torch.Tensor
     log_kept: torch.Tensor
     valid: torch.Tensor
@@ -116,8 +118,9 @@ def _distribution(logits: torch.Tensor, p: Parameters) -> Distribution:
     if bool((divisor != 1).any()):
         scaled = scaled / divisor
     peak = scaled.amax(-1, keepdim=True)
-    centred = scaled - peak
-    weights = centred.exp()
+    centred, weights, bounds = _buffers(scaled)
+    torch.sub(scaled, peak, out=centred)
+    torch.exp(centred, out=weights)
     total = _sum(weights)
     log_total = total.log()
     # A weight is 0 long before -200, and 0 * -inf would be NaN.
@@ -128,7 +131,20 @@ def _distribution(logits: torch.Tensor, p: Parameters) -> Distribution:
     if cut is not None:
         log_kept, kept_any = _remove(weights, cut, scaled, peak, total)
         valid &= kept_any
-    return Distribution(scaled, peak, log_total, weights, entropy[:, 0], log_kept[:, 0], valid[:, 0])
+    return Distribution(scaled, peak, log_total, weights, bounds, entropy[:, 0], log_kept[:, 0], valid[:, 0])
+
+
+def _buffers(scaled: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Uninitialised float32 [N, V], [N, V], [N, V rounded up to whole slabs], in one allocation.
+
+    One, because the C library keeps twice the largest block it was given back: with the buffers apart, a loop of
+    calls returns them to the system every time, and page faults cost more than the arithmetic.
+    """
+    rows, vocab = scaled.shape
+    widths = (vocab, vocab, -(-vocab // _SLAB) * _SLAB)
+    flat = torch.empty(rows * sum(widths), device=scaled.device)
+    parts = flat.split([rows * width for width in widths])
+    return tuple(part.view(rows, width) for part, width in zip(parts, widths, strict=True))
 
 
 def _remove(
@@ -258,21 +274,24 @@ def _draw(dist: Distribution, p: Parameters, seeds: torch.Tensor, steps: torch.T
         ids[greedy] = allowed.argmax(-1)
     drawn = (dist.valid & (p.temperature > 0)).nonzero()[:, 0]
     if len(drawn) == len(ids):
-        return _race(dist.scaled, dist.weights, seeds, steps)
+        return _race(dist.scaled, dist.weights, dist.bounds, seeds, steps)
     if len(drawn):
-        ids[drawn] = _race(dist.scaled[drawn], dist.weights[drawn], seeds[drawn], steps[drawn])
+        bounds = dist.bounds[: len(drawn)]
+        ids[drawn] = _race(dist.scaled[drawn], dist.weights[drawn], bounds, seeds[drawn], steps[drawn])
     return ids
 
 
-def _race(scaled: torch.Tensor, weights: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-    """argmax of scaled + noise over the ids of positive weight, lowest id on ties: int64 [N]."""
-    num_rows, vocab = scaled.shape
-    width = -(-vocab // _SLAB) * _SLAB
-    bounds = torch.empty(num_rows, width, device=scaled.device)  # p / r
-    philox.fill_complements(bounds[:, : -(-vocab // 4) * 4], seeds, steps)
-    torch.div(weights, bounds[:, :vocab], out=bounds[:, :vocab])
+def _race(
+    scaled: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, seeds: torch.Tensor, steps: torch.Tensor
+) -> torch.Tensor:
+    """argmax of scaled + noise over the ids of positive weight, lowest id on ties: int64 [N]. Overwrites bounds."""
+    vocab = scaled.shape[1]
+    words = philox.noise_words(seeds, steps, vocab)
+    r = bounds[:, :vocab].copy_(words[:, :vocab]).add_(0.5).mul_(-(2.0**-32))
+    r.sub_(r.floor())  # words are signed, so that this is r modulo 1
+    torch.div(weights, r, out=r)
     bounds[:, vocab:] = 0
-    slabs = bounds.view(num_rows, width // _SLAB, _SLAB)
+    slabs = bounds.unflatten(1, (-1, _SLAB))
     slab_max = slabs.amax(-1)
     # Scores are rounded at their own magnitude, which can exceed that of the noise by far.
     slack = (scaled.amax(-1, keepdim=True).abs() + 64.0) * 2.0**-21
@@ -281,7 +300,7 @@ def _race(scaled: torch.Tensor, weights: torch.Tensor, seeds: torch.Tensor, step
     rows, columns = (slab_max >= bar).nonzero(as_tuple=True)
     found, lane = (slabs[rows, columns] >= bar[rows]).nonzero(as_tuple=True)
     rows, ids = rows[found], columns[found] * _SLAB + lane
-    scores = scaled[rows, ids] + gumbel(philox.token_words(seeds[rows], steps[rows], ids))
+    scores = scaled[rows, ids] + gumbel(words[rows, ids].long() & philox.MASK)
     best = torch.full_like(scaled[:, 0], -torch.inf).scatter_reduce(0, rows, scores, "amax")
     winners = scores == best[rows]
     return torch.full_like(seeds, vocab).scatter_reduce(0, rows[winners], ids[winners], "amin")

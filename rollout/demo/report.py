@@ -47,7 +47,7 @@ def _header(record: DemoRecord) -> str:
     rollouts = steps * record.prompts_per_step * record.group_size
     tiles = [
         ("first", f"{100 * (after - before):+.1f}", "points of greedy accuracy on scenes of scans never trained on"),
-        ("", f"{test.p_value:.1g}", f"McNemar's exact test, two-sided: {test.gained} gained, {test.lost} lost"),
+        ("", f"p = {test.p_value:.1g}", f"McNemar's exact test, two-sided: {test.gained} gained, {test.lost} lost"),
         ("", f"{rollouts:,}", f"rollouts: {steps} steps of {record.prompts_per_step} prompts × {record.group_size}"),
         ("", f"{record.seconds / 60:.1f} min", f"for everything, seed {record.seed}"),
     ]

@@ -74,7 +74,6 @@ svg .hollow { fill: var(--card); stroke: var(--grey); stroke-width: 2; }
 .thumbs .scene { width: 42px; height: 42px; }
 .gained .scene { outline: 2px solid var(--green); outline-offset: -1px; }
 .lost .scene { outline: 2px solid var(--red); outline-offset: -1px; }
-.missed .scene { opacity: .55; }
 .card { display: grid; grid-template-columns: 170px 1fr; gap: 24px; margin-bottom: 16px; }
 .card .scene { width: 168px; height: 168px; border-radius: 8px; }
 .subject p { margin: 8px 0 0; line-height: 1.4; }

@@ -36,7 +36,8 @@ class VisionSpec:
 class ModelSpec:
     """A transformers causal language model, taken apart. The modules stay the model's own.
 
-    Their attributes are known to transformers alone, hence Any. decoder: the module with embed_tokens, layers, norm and rotary_emb. mrope_section: how many rotary
+    Their attributes are known to transformers alone, hence Any.
+    decoder: the module with embed_tokens, layers, norm and rotary_emb. mrope_section: how many rotary
     frequencies follow the time, height and width positions; None for one-dimensional positions.
     """
 

@@ -53,7 +53,6 @@ class Weights:
         self.device = spec.lm_head.weight.device
         self.dtype = dtype or spec.lm_head.weight.dtype
         self.shares = self.dtype == spec.lm_head.weight.dtype
-        self._names = {id(module): name for name, module in spec.model.named_modules()}
         self._shadow: dict[int, torch.Tensor] = {}  # id of a parameter -> its copy in self.dtype
         self._shadow_buffers: dict[nn.Module, dict[str, torch.Tensor]] = {}
         self.adopt()
@@ -61,22 +60,37 @@ class Weights:
     @torch.no_grad()
     def adopt(self) -> None:
         """Reads the module's parameters anew, fusing what is not fused yet."""
-        decoder = self.spec.decoder
+        model, decoder = self.spec.model, self.spec.decoder
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._places: list[tuple[dict, str, nn.Module | None]] = []  # empty until all is read, see check
         self._table: list[tuple[nn.Module, str, nn.Parameter, int]] = []
         self.embed = self._tensor(decoder.embed_tokens, "weight")
         self.layers = [self._layer(layer) for layer in decoder.layers]
         self.norm, self.eps = self._tensor(decoder.norm, "weight"), decoder.norm.variance_epsilon
-        self.lm_head, self.lm_head_bias = self._linear(self.spec.lm_head)
+        self.lm_head, self.lm_head_bias = self._linear(model.lm_head)
         # Fusing moves parameters, so the addresses are taken when all are in place.
         self._table = [(owner, name, param, param.data_ptr()) for owner, name, param, _ in self._table]
+        # Who stands where: a wrapper put around a projection later must not go unnoticed.
+        self._places = [(parent._modules, *slot) for parent in decoder.modules() for slot in parent._modules.items()]
+        self._places.append((model._modules, "lm_head", model.lm_head))
         read = {id(param) for _, _, param, _ in self._table}  # a replaced parameter leaves no copy behind
         self._shadow = {key: copy for key, copy in self._shadow.items() if key in read}
 
     def check(self) -> None:
-        """Re-adopts the parameters if one was replaced or moved since they were last read."""
-        for owner, name, param, pointer in self._table:
-            if owner._parameters[name] is not param or param.data_ptr() != pointer:
-                return self.adopt()
+        """Re-adopts the parameters if one, or a module, was replaced or moved since they were last read.
+
+        Raises ValueError naming the module if what stands there now cannot be shared.
+        """
+        moved = (
+            not self._places
+            or any(children.get(name) is not module for children, name, module in self._places)
+            or any(
+                owner._parameters.get(name) is not param or param.data_ptr() != pointer
+                for owner, name, param, pointer in self._table
+            )
+        )
+        if moved:
+            self.adopt()
 
     @torch.no_grad()
     def refresh(self) -> None:

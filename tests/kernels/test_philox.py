@@ -63,34 +63,24 @@ SEEDS = [0, 1, -1, -(2**63), 2**63 - 1, 0x0123456789ABCDEF, -0x0123456789ABCDEF]
 STEPS = [0, 1, 2, 2**32 - 1, 5, 1000, 3]
 
 
-def test_token_words():
-    ids = [0, 1, 2, 3, 4, 151_935, 2**22 - 1]
-    cases = [(seed, step, token) for seed, step in zip(SEEDS, STEPS, strict=True) for token in ids]
-    words = philox.token_words(*(torch.tensor(column) for column in zip(*cases, strict=True)))
-    assert words.tolist() == [plain_word(*case) for case in cases]
-
-
 # 5 counters a block: several blocks a row, with a remainder; 13: a row and a part of the next; 10**6: one block.
 @pytest.mark.parametrize("block", [5, 13, 10**6])
-@pytest.mark.parametrize(("rows", "width"), [(0, 8), (1, 4), (7, 44), (3, 48), (7, 4)])
-def test_fill_complements(monkeypatch, block, rows, width):
+@pytest.mark.parametrize(("rows", "vocab"), [(0, 8), (1, 4), (7, 43), (3, 48), (7, 1), (2, 50)])
+def test_noise_words(monkeypatch, block, rows, vocab):
     monkeypatch.setattr(philox, "_BLOCK", block)
-    out = torch.full((rows, width), torch.nan)
-    philox.fill_complements(out, torch.tensor(SEEDS[:rows], dtype=torch.int64), torch.tensor(STEPS[:rows]).long())
-    for row in range(rows):
-        for token in range(width):
-            # 1 - (x + 0.5) / 2^32: exact in double; the fp32 form rounds the integer, then the sum with 0.5.
-            exact = 1 - (plain_word(SEEDS[row], STEPS[row], token) + 0.5) / 2**32
-            assert abs(out[row, token].item() - exact) <= exact * 2**-23
+    seeds, steps = torch.tensor(SEEDS[:rows], dtype=torch.int64), torch.tensor(STEPS[:rows], dtype=torch.int64)
+    words = philox.noise_words(seeds, steps, vocab)
+    assert words.dtype == torch.int32
+    padded = range(-(-vocab // 4) * 4)
+    expected = [[plain_word(seed, step, token) for token in padded] for seed, step in zip(SEEDS, STEPS, strict=True)]
+    assert (words.long() & 0xFFFFFFFF).tolist() == expected[:rows]
 
 
-def test_fill_complements_of_a_huge_row():
-    width = 4 * (philox._BLOCK * torch.get_num_threads() + 3)
-    out = torch.full((1, width), torch.nan)
-    philox.fill_complements(out, torch.tensor([9]), torch.tensor([4]))
-    for token in (0, width // 2 + 1, width - 17, width - 12, width - 5, width - 1):
-        exact = 1 - (plain_word(9, 4, token) + 0.5) / 2**32
-        assert abs(out[0, token].item() - exact) <= exact * 2**-23
+def test_noise_words_of_a_huge_row():
+    vocab = 4 * (philox._BLOCK * torch.get_num_threads() + 3)
+    words = philox.noise_words(torch.tensor([9]), torch.tensor([4]), vocab)[0]
+    for token in (0, vocab // 2 + 1, vocab - 17, vocab - 12, vocab - 5, vocab - 1):
+        assert words[token].item() % 2**32 == plain_word(9, 4, token)
 
 
 def test_noise_is_accurate_and_finite_everywhere():
@@ -100,6 +90,6 @@ def test_noise_is_accurate_and_finite_everywhere():
     noise = reference.gumbel(torch.tensor(words)).double().numpy()
     exact = -np.log(-np.log1p(-(2**32 - np.array(words) - 0.5) / 2**32))  # 1 - u without cancellation
     # The contract lets g differ by 4 ulp; near g = 0 (e near 1) that is an ulp of 1, the argument of the log.
-    assert np.all(np.abs(noise - exact) <= 4 * np.spacing(np.maximum(np.abs(exact), 1).astype(F32)))
+    assert np.all(np.abs(noise - exact) <= 4 * np.spacing(np.maximum(np.abs(exact), 1).astype(np.float32)))
     assert exact.max() < 22.88
     assert exact.min() > -3.14

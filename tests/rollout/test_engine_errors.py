@@ -304,7 +304,7 @@ def test_unsupported_families_and_config(make_engine, vlm):
     for model, name in ((gpt2, "gpt2"), (torch.nn.Linear(2, 2), "Linear")):
         with pytest.raises(ValueError, match=rf"a model of one of .*qwen2_5_vl.*, got '{name}' \(model\)"):
             make_engine(model)
-    with pytest.raises(ValueError, match=r"model's device cpu, got meta \(device\)"):
+    with pytest.raises(ValueError, match=r"model's device cpu, got 'meta' \(device\)"):
         make_engine(vlm, device="meta")
     with pytest.raises(ValueError, match=r"backend of paged_attention among .*got 'cuda'"):
         make_engine(vlm, backend="cuda")

@@ -264,6 +264,7 @@ def test_unwritten_memory_is_never_read(family, make_engine, mixed_requests):
     model = tiny_model(family)
     requests = mixed_requests(model, n=3, max_tokens=20, seed=5)
     clean, poisoned = make_engine(model, page_size=7), make_engine(model, page_size=7)
+    clean._runner.kv_pool.zero_()
     poisoned._runner.kv_pool.fill_(torch.nan)
     for group, other in zip(clean.generate(requests), poisoned.generate(requests), strict=True):
         for rollout, twin in zip(group.rollouts, other.rollouts, strict=True):

@@ -304,6 +304,27 @@ def test_modules_that_cannot_be_shared_are_refused_by_name(kind, name, make_engi
         make_engine(model)
 
 
+class Wrapper(nn.Module):
+    """As an adapter library wraps a projection: the plain module lives on inside."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+
+
+@pytest.mark.parametrize("full", ["model.layers.1.self_attn.o_proj", "model.layers.0.mlp.up_proj", "lm_head"])
+def test_a_wrapper_put_on_later_is_refused_by_name(full, make_engine, requests):
+    model = tiny_model("llama")
+    engine = make_engine(model)
+    owner, _, child = full.rpartition(".")
+    setattr(model.get_submodule(owner), child, Wrapper(model.get_submodule(full)))
+    for _ in range(2):  # a refusal is no adoption
+        with pytest.raises(ValueError, match=rf"expected a.* torch.nn.Linear.*\({full}\)"):
+            engine.generate(requests(model))
+    setattr(model.get_submodule(owner), child, model.get_submodule(full).base_layer)
+    assert all(group.error is None for group in engine.generate(requests(model)))
+
+
 def test_an_embedding_that_cannot_be_shared_is_refused_by_name(make_engine):
     model = tiny_model("llama")
     nn.utils.parametrizations.weight_norm(model.model.embed_tokens)

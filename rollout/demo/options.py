@@ -19,8 +19,8 @@ class DemoOptions:
 
     ablate: bool = False
     """Train a second time from the same warm start, without the perception reward (takes twice as long)."""
-    steps: int = 400
-    """GRPO steps, each on 16 prompts with 8 rollouts."""
+    steps: int = 200
+    """GRPO steps, each on 32 prompts with 8 rollouts."""
     seed: int = 0
     """Of the model's first weights, the training scenes and the sampling; the held-out scenes stay the same."""
     output: Path = Path("runs/demo")

@@ -24,8 +24,8 @@ class WarmStartConfig:
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     batch_size: int = 32
-    enough: float = 0.5
-    check_every: int = 20
+    enough: float = 0.45
+    check_every: int = 10
     max_steps: int = 300
 
 

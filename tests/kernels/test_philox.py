@@ -93,3 +93,10 @@ def test_noise_is_accurate_and_finite_everywhere():
     assert np.all(np.abs(noise - exact) <= 4 * np.spacing(np.maximum(np.abs(exact), 1).astype(np.float32)))
     assert exact.max() < 22.88
     assert exact.min() > -3.14
+
+
+def test_the_race_bound_holds_for_every_word():
+    complements = np.append(2.0 ** np.linspace(-33, -1e-9, 4001), 1 - 2.0**-33)
+    ratio = -np.log1p(-complements) / complements
+    assert ratio.min() >= 1
+    assert ratio.max() < 22.9 < reference._RACE_RATIO

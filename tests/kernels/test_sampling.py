@@ -145,8 +145,10 @@ def random_rows(rng, num_rows, vocab):
     return logits
 
 
+@pytest.mark.parametrize("direct_vocab", [0, 512], ids=["race", "direct"])
 @pytest.mark.parametrize("vocab", [1, 2, 3, 4, 5, 31, 62])
-def test_mixed_rows_equal_the_slow_version(vocab):
+def test_mixed_rows_equal_the_slow_version(monkeypatch, vocab, direct_vocab):
+    monkeypatch.setattr(reference, "_DIRECT_VOCAB", direct_vocab)
     rng = np.random.default_rng(vocab)
     n = 151
     logits = random_rows(rng, n, vocab)

@@ -94,16 +94,19 @@ def test_docstring_answers():
     assert doctest.testmod(sampling) == (0, 4)
 
 
-def test_the_race_bound_holds_for_every_word():
-    complements = np.append(2.0 ** np.linspace(-33, -1e-9, 4001), 1 - 2.0**-33)
-    ratio = -np.log1p(-complements) / complements
-    assert ratio.min() >= 1
-    assert ratio.max() < 22.9 < reference._RACE_RATIO
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 4.0, 30.0, 1e4, 1e8])
+def test_the_race_finds_the_largest_score(monkeypatch, scale):
+    logits = torch.randn(150, 515, generator=torch.Generator().manual_seed(5)) * scale
+    race = sample(logits, min_p=1e-6)
+    monkeypatch.setattr(reference, "_DIRECT_VOCAB", 515)
+    assert_same_bits(race, sample(logits, min_p=1e-6))
 
 
 # At 2^30 one ulp is 64: the noise vanishes, every score is z itself and ties are exact.
+@pytest.mark.parametrize("direct_vocab", [0, 512], ids=["race", "direct"])
 @pytest.mark.parametrize("parameters", [{"temperature": 0.0}, {"temperature": 1.0}, {"top_k": 3}])
-def test_ties_go_to_the_lowest_id(parameters):
+def test_ties_go_to_the_lowest_id(monkeypatch, parameters, direct_vocab):
+    monkeypatch.setattr(reference, "_DIRECT_VOCAB", direct_vocab)
     logits = torch.full((4, 11), -(2.0**30))
     logits[:, [2, 5, 7, 9, 10]] = 2.0**30
     assert sample(logits, **parameters).token_ids.tolist() == [2, 2, 2, 2]

@@ -30,7 +30,7 @@ def runs(monkeypatch):
 
 def test_defaults(runs):
     assert cli.main(["demo"]) == 0
-    assert runs == [DemoOptions(ablate=False, steps=400, seed=0, output=Path("runs/demo"), threads=None)]
+    assert runs == [DemoOptions(ablate=False, steps=200, seed=0, output=Path("runs/demo"), threads=None)]
 
 
 def test_every_option(runs, tmp_path):

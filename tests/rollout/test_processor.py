@@ -15,6 +15,7 @@ from foveate.rollout.processor import Processor, PromptProcessor, load_processor
 from foveate.rollout.testing import VOCAB_SIZE, special_id, tiny_model, tiny_processor
 from foveate.rollout.types import Request, VisionInputs
 
+Image = pytest.importorskip("PIL.Image")
 PAD, VIDEO = special_id("<|image_pad|>"), special_id("<|video_pad|>")
 START, END = special_id("<|vision_start|>"), special_id("<|vision_end|>")
 IM_START, IM_END = special_id("<|im_start|>"), special_id("<|im_end|>")
@@ -53,7 +54,7 @@ def vision_inputs(*grids: tuple[int, int, int], **fields) -> VisionInputs:
 
 
 def resized(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of merged tokens by Qwen's rule: sides to multiples of 28, at least 4 and at most 1280 tokens."""
+    """Rows and columns of merged tokens by Qwen's rule: sides to multiples of 28, 4 to 1280 tokens."""
     rows, columns = round(height / 28), round(width / 28)
     if rows * columns > 1280:
         shrink = math.sqrt(height * width / (1280 * 28 * 28))
@@ -222,7 +223,7 @@ class TestImages:
         assert [image.num_tokens for image in prompt.images] == counts
         starts = [1 + index + sum(counts[:index]) for index in range(len(counts))]
         assert [image.start for image in prompt.images] == starts
-        together = tiny_processor().image_processor(images=images, return_tensors="pt")
+        together = tiny_processor().image_processor(images=[Image.fromarray(i) for i in images], return_tensors="pt")
         assert torch.equal(prompt.vision.pixel_values, together["pixel_values"])
         assert torch.equal(prompt.vision.image_grid_thw, together["image_grid_thw"])
 

@@ -1,4 +1,4 @@
-"""Time of one sampling call; run as `pytest benchmarks/bench_sampling.py`.
+"""Time of one sampling call; run as `python benchmarks/bench_sampling.py`.
 
 Each shape has the baseline beside it in the same run: torch's softmax and multinomial, which draw a token by the same
 distribution but return no log-probability, kept mass or entropy, know no seed of a row, and filter nothing.
@@ -8,6 +8,7 @@ FOVEATE_BENCH_THREADS sets the threads (default 1). Logits are normal with stand
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -53,3 +54,7 @@ def test_sampling(benchmark, shape, case):
     output = benchmark(lambda: sampling.sample(logits, **arguments, seeds=row, steps=row))
     assert (output.token_ids >= 0).all()
     assert output.logprobs.isfinite().all()
+
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__, *sys.argv[1:]]))

@@ -32,7 +32,8 @@ class Decoder:
     ) -> torch.Tensor:
         """hidden: float [T, hidden]. positions: int64 [3, T].
 
-        kv_pool: float [2, layers, pages, page_size, kv_heads, head_dim], written at the plan's slots. Returns float [T, hidden] after the final norm.
+        kv_pool: float [2, layers, pages, page_size, kv_heads, head_dim], written at the plan's slots.
+        Returns float [T, hidden], after the final norm.
         """
         cos, sin = self.rotary(positions, hidden.dtype)
         attention = paged_attention.decode if decode else paged_attention.prefill

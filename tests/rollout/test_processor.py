@@ -139,10 +139,8 @@ class TestMessages:
         assert torch.equal(prepare(messages).token_ids, prepare([SYSTEM, USER]).token_ids)
         assert prepare(messages).boundaries == prepare([SYSTEM, USER]).boundaries
 
-    def test_no_system_message(self, prepare):
+    def test_no_leading_system_message(self, prepare):
         assert prepare([USER]).boundaries == (len(rendered("", "Hi")[1]),)
-
-    def test_a_system_message_later_on_is_no_segment(self, prepare):
         assert len(prepare([USER, SYSTEM]).boundaries) == 1
 
     @pytest.mark.parametrize(
@@ -243,6 +241,7 @@ class TestImages:
         beside = prepare(messages({}, {}), images=images)
         assert torch.equal(inside.token_ids, beside.token_ids)
         assert [i.content_hash for i in inside.images] == [i.content_hash for i in beside.images]
+        assert [i.num_tokens for i in inside.images] == [2 * 2, 1 * 11]
         assert inside.boundaries == beside.boundaries
         assert inside.boundaries[0] == len(rendered("Look well.", "")[0])
 

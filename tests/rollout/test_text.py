@@ -71,7 +71,8 @@ def sequence_of(max_tokens: int = 100, **sampling) -> Sequence:
     prompt = Prompt(torch.tensor([1]), torch.zeros(3, 1, dtype=torch.int64), 1, (), (1,))
     request = Request([1], sampling=SamplingParams(max_tokens=max_tokens, **sampling))
     no_bans = torch.zeros(0, dtype=torch.bool)
-    group = Group(request, "a", prompt, max_tokens, frozenset([special_id("<|im_end|>")]), no_bans, no_bans)
+    stop_ids = frozenset([special_id("<|im_end|>"), *byte_ids("!")])
+    group = Group(request, "a", prompt, max_tokens, stop_ids, no_bans, no_bans)
     group.sequences.append(Sequence(group, 0, decoder=TextDecoder(TOKENIZER) if request.sampling.stop else None))
     return group.sequences[0]
 
@@ -95,6 +96,7 @@ def rollout_of(sequence: Sequence):
     [
         ("so 42 END it is", ("END",), "so 42 "),
         ("ENEND", ("END",), "EN"),
+        ("ENEND", ("ND", "END"), "EN"),
         ("hello", ("h",), ""),
         ("ab</a>", ("</b>", "</a>"), "ab"),
         ("1😀2", ("😀",), "1"),
@@ -123,9 +125,10 @@ def test_a_stop_string_counts_from_min_tokens_on():
     assert feed(sequence, byte_ids("abcdef")) == 4
 
 
-def test_a_stop_token_leaves_no_text():
+@pytest.mark.parametrize("stop_id", [special_id("<|im_end|>"), byte_ids("!")[0]], ids=["special", "letter"])
+def test_a_stop_token_leaves_no_text(stop_id):
     sequence = sequence_of(stop=("END",))
-    assert feed(sequence, [*byte_ids("EN"), special_id("<|im_end|>"), 1]) == 3
+    assert feed(sequence, [*byte_ids("EN"), stop_id, 1]) == 3
     rollout = rollout_of(sequence)
-    assert (rollout.finish_reason, rollout.stop_token_id) == ("stop", special_id("<|im_end|>"))
+    assert (rollout.finish_reason, rollout.stop_token_id) == ("stop", stop_id)
     assert (rollout.text, len(rollout.token_ids)) == ("EN", 3)

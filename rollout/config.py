@@ -29,7 +29,7 @@ class SamplingParams:
 
     temperature: 0 is greedy (lowest id on ties), else at least 1e-4. top_p in (0, 1]. top_k: 0 is off.
     min_p in [0, 1]. max_tokens: completion tokens, the stop token included. min_tokens: until that many are
-    drawn, stop ids are banned and stop strings do not count.
+    drawn, stop ids are banned and stop strings end nothing; one that came before ends the sample then.
     stop_token_ids: added to the end-of-sequence ids of the generation config; ignore_eos drops those.
     stop: strings that end a completion once they appear in its text. seed: any int, taken modulo 2^64;
     None derives one from EngineConfig.seed and the number of requests added before.

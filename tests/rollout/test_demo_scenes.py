@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from foveate.rollout.demo.model import WORDS, make_model, make_processor
@@ -81,11 +82,30 @@ def test_digits_stand_in_their_places(scenes):
             assert (ink > 100) == (place in places)
 
 
-def test_places_and_sizes_vary(scenes):
-    """Free jitter: the box of ink of a lone digit is seldom the same twice."""
-    alone = [np.asarray(scene.image)[..., 0] > 40 for scene in scenes if len(scene.digits) == 1]
-    boxes = [tuple(np.argwhere(ink).min(0) % 28) + tuple(np.ptp(np.argwhere(ink), axis=0)) for ink in alone]
-    assert len(set(boxes)) > 0.7 * len(boxes)
+def find_scan(quarter, scan):
+    """(side, top, left) at which the enlarged scan stands in a 28 x 28 quarter, None if nowhere."""
+    grey = Image.fromarray(np.round(scan * 255 / 16).astype(np.uint8))
+    for side in range(20, 27):
+        tile = np.asarray(grey.resize((side, side), Image.Resampling.BICUBIC))
+        for top, left in itertools.product(range(29 - side), repeat=2):
+            if np.array_equal(quarter[top : top + side, left : left + side], tile):
+                return side, top, left
+    return None
+
+
+def test_each_scan_stands_where_the_facts_say_at_any_size_and_offset(scenes):
+    scans = load_digits().images
+    found = []
+    for scene in scenes[:80]:
+        pixels = np.asarray(scene.image)[..., 0]
+        for (place, _), source in zip(scene.digits, scene.sources, strict=True):
+            top, left = 28 * place.startswith("bottom"), 28 * place.endswith("right")
+            found.append(find_scan(pixels[top : top + 28, left : left + 28], scans[source]))
+    assert None not in found
+    assert {side for side, _, _ in found} == set(range(20, 27))
+    # Free jitter: both offsets take all values that the size allows, each without the other.
+    assert len({(top, left) for _, top, left in found}) > 40
+    assert sum(top != left for _, top, left in found) > 0.6 * len(found)
 
 
 def test_shares_of_kinds_and_counts():
@@ -107,6 +127,8 @@ def test_tokenizer_round_trip(scenes, tokenizer):
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
         longest = max(longest, len(tokenizer(scene.target)["input_ids"]) + 1)
     assert longest < MAX_TOKENS
+    for number in range(4 * 9 + 1):
+        assert tokenizer.decode(tokenizer(str(number))["input_ids"]) == str(number)
     assert len(tokenizer) == len(WORDS) == len(set(WORDS))
     assert [tokenizer.convert_tokens_to_ids(word) for word in WORDS] == list(range(len(WORDS)))
 

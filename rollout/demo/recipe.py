@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from foveate.rollout.config import EngineConfig
 from foveate.rollout.demo.model import make_model, make_processor
@@ -145,7 +146,10 @@ class Demo:
         say(f"  held-out accuracy before: {arm.before.accuracy:.1%}")
         folder = options.output / ("ablation" if len(self.record.arms) > 1 else "grpo")
         (folder / "metrics.jsonl").unlink(missing_ok=True)
-        callbacks = [lambda step: arm.metrics.append(step.metrics), ProgressPrinter(config)]
+        callbacks: list[Callable[[StepRecord], None]] = [
+            lambda step: arm.metrics.append(step.metrics),
+            ProgressPrinter(config),
+        ]
         trainer = Trainer(engine.model, engine, reward, config, evaluate=look, output_dir=folder, callbacks=callbacks)
         scenes = scene_stream("train", 2 * options.seed + 1)
         trainer.train(make_request(scene, GROUP_SIZE) for scene in scenes)
@@ -165,7 +169,8 @@ class Demo:
         """Writes what `Engine.from_pretrained` loads."""
         folder = self.options.output / "model"
         with quiet_saving():
-            for part in (self.engine.model, self.processor.tokenizer, self.processor.image_processor):
+            parts: tuple[Any, ...] = (self.engine.model, self.processor.tokenizer, self.processor.image_processor)
+            for part in parts:
                 part.save_pretrained(folder)
 
 

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from foveate.kernels.dispatch import require
+
 MIB = 1 << 20
+FLOAT32 = torch.finfo(torch.float32)  # what a parameter becomes
 Backend = Literal["reference", "cpp", "triton", "cuda"]
-
-
-def require(condition: bool, expected: str, got: object, argument: str) -> None:
-    """Raises `ValueError("expected ..., got ... (argument)")` unless condition holds."""
-    if not condition:
-        raise ValueError(f"expected {expected}, got {got!r} ({argument})")
 
 
 def _is_id_sequence(ids: object) -> bool:
@@ -53,9 +48,10 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         t = self.temperature
-        require(t == 0 or 1e-4 <= t < math.inf, "temperature 0 or in [1e-4, inf)", t, "temperature")
-        require(0 < self.top_p <= 1, "0 < top_p <= 1", self.top_p, "top_p")
-        require(isinstance(self.top_k, int) and self.top_k >= 0, "an int >= 0", self.top_k, "top_k")
+        require(t == 0 or 1e-4 <= t <= FLOAT32.max, "temperature 0 or in [1e-4, 3.4e38]", t, "temperature")
+        require(FLOAT32.tiny <= self.top_p <= 1, "0 < top_p <= 1", self.top_p, "top_p")
+        top_k = self.top_k
+        require(isinstance(top_k, int) and 0 <= top_k < 1 << 31, "an int >= 0, below 2^31", top_k, "top_k")
         require(0 <= self.min_p <= 1, "0 <= min_p <= 1", self.min_p, "min_p")
         require(
             isinstance(self.max_tokens, int) and self.max_tokens >= 1,
@@ -150,11 +146,3 @@ class EngineConfig:
         )
         backends = (None, "reference", "cpp", "triton", "cuda")
         require(self.backend in backends, f"one of {backends}", self.backend, "backend")
-
-
-def from_dict(cls: type, values: dict[str, object]):
-    """Builds the dataclass `cls`, refusing keys it does not have."""
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    require(not unknown, f"keys of {cls.__name__}: {sorted(known)}", unknown, "unknown keys")
-    return cls(**values)

@@ -17,23 +17,16 @@ from foveate.rollout import models, output
 from foveate.rollout.config import EngineConfig, require
 from foveate.rollout.intake import Intake
 from foveate.rollout.models.weights import Weights
+from foveate.rollout.modes import own_modes
 from foveate.rollout.pages import PagePool
 from foveate.rollout.processor import PromptProcessor, load_processor
 from foveate.rollout.progress import track
 from foveate.rollout.runner import Runner, num_pages
 from foveate.rollout.scheduler import Batch, Group, Scheduler
 from foveate.rollout.segments import SegmentTree
-from foveate.rollout.types import Request, RolloutGroup
+from foveate.rollout.types import Request, RequestError, RolloutGroup
 
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
-
-
-class RequestError(ValueError):
-    """Raised by `generate(strict=True)` after all requests have ended; `groups` holds every group."""
-
-    def __init__(self, message: str, groups: list[RolloutGroup]):
-        super().__init__(message)
-        self.groups = groups
 
 
 def _promised(name: str) -> Callable[..., NoReturn]:
@@ -71,9 +64,10 @@ class Engine:
         pool = PagePool(num_pages(self.spec, self._weights, self.config))
         self._tree = SegmentTree(pool, self.config.page_size)
         self._scheduler = Scheduler(self.config, self._tree)
-        self._runner = Runner(self.spec, self._weights, self.config, pool.num_pages)
         self._processor = PromptProcessor(processor, self.spec.vision, self.spec.vocab_size)
-        self._intake = Intake(self.config, self.spec, self._processor)
+        with own_modes(device):
+            self._runner = Runner(self.spec, self._weights, self.config, pool.num_pages)
+            self._intake = Intake(self.config, self.spec, self._processor)
         self._groups: dict[str, Group] = {}  # unfinished, by request id
         self._outbox: deque[RolloutGroup] = deque()  # finished, not handed out yet
         self._numbers = count()  # for the names of requests that bring none
@@ -128,10 +122,9 @@ class Engine:
         """One prefill or one decode step; returns the groups that finished."""
         start = time.perf_counter()
         self._weights.check()
-        batch = self._scheduler.next((self.weight_version, self.vision_version))
         try:
-            with torch.no_grad(), torch.autocast(self._weights.device.type, enabled=False):
-                self._run_batch(batch)
+            with own_modes(self._weights.device):
+                self._run_batch(self._scheduler.next(self._versions))
         except BaseException as error:
             self._fail_running(error)
             raise
@@ -164,24 +157,23 @@ class Engine:
         named: empty after the module's parameters were changed in place; else tensors by name (the module's
         own, or transformers' 4.x and 5.x names), all checked for name, shape and dtype before the first is
         copied. Missing names are an error unless partial. in_flight: what happens to unfinished requests.
-        vision_changed: None means yes if a parameter of the tower requires a gradient. Raises ValueError
-        and changes nothing if a check fails.
+        vision_changed: None means yes if a named tensor belongs to the tower or, without names, if a parameter
+        of the tower requires a gradient. Raises ValueError and changes nothing if a check fails.
         """
         require(in_flight in ("error", "abort"), "'error' or 'abort'", in_flight, "in_flight")
         if self._groups and in_flight == "error":
             names = sorted(self._groups)[:3]
             raise ValueError(f"expected no unfinished requests, got {len(self._groups)}: {names} ... (in_flight)")
-        named = dict(named)
-        self._weights.check()
-        prepared = self._weights.match(named, partial) if named else None
+        matched = self._weights.match(named, partial)
+        vision_changed = self._weights.changes_tower(matched, vision_changed)
         for request_id in list(self._groups):
             self.abort(request_id)
-        if prepared is None:
-            self._weights.refresh()
+        if matched:
+            self._weights.copy(matched)
         else:
-            self._weights.copy(prepared)
+            self._weights.refresh()
         self.weight_version += 1
-        if self._runner.vision is not None and self._vision_changed(named, vision_changed):
+        if self._runner.vision is not None and vision_changed:
             self.vision_version += 1
             self._runner.vision.clear()
         return self.weight_version
@@ -252,7 +244,9 @@ class Engine:
     def _add(self, request: Request, request_id: str) -> str:
         try:
             require(not self._is_taken(request_id), "an id that is not in use", request_id, "request_id")
-            group = self._intake.admit(request, request_id, self.num_requests)
+            with own_modes(torch.device("cpu")):
+                group = self._intake.admit(request, request_id, self.num_requests)
+                self._scheduler.identify(group, self._versions)
             self._scheduler.add(group)
         except ValueError as error:
             raise ValueError(f"request {request_id!r}: {error}") from error
@@ -279,10 +273,18 @@ class Engine:
     def _hand_out(self, groups: list[Group]) -> None:
         for group in groups:
             del self._groups[group.request_id]
-            finished = output.group_of(group, self._processor.tokenizer, self.weight_version)
+            with own_modes(torch.device("cpu")):
+                finished = self._finished(group)
             self._counts["failed" if group.error else "finished"] += 1
             self._counts["tokens"] += sum(len(rollout.token_ids) for rollout in finished.rollouts)
             self._outbox.append(finished)
+
+    def _finished(self, group: Group) -> RolloutGroup:
+        try:
+            return output.group_of(group, self._processor.tokenizer, self.weight_version)
+        except Exception as error:  # whatever a tokenizer raises concerns this group alone
+            output.fail(group, f"expected a tokenizer that decodes the drawn ids, got {error!r}")
+            return output.group_of(group, None, self.weight_version)
 
     def _name(self, request: Request) -> str:
         if request.request_id is not None:
@@ -292,9 +294,6 @@ class Engine:
     def _is_taken(self, request_id: str) -> bool:
         return request_id in self._groups or any(group.request_id == request_id for group in self._outbox)
 
-    def _vision_changed(self, named: Mapping[str, torch.Tensor], changed: bool | None) -> bool:
-        if self.spec.vision is None:
-            return False
-        if changed is None:
-            return bool(named) or any(p.requires_grad for p in self.spec.vision.tower.parameters())
-        return changed
+    @property
+    def _versions(self) -> tuple[int, int]:
+        return self.weight_version, self.vision_version

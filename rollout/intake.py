@@ -7,9 +7,9 @@ import logging
 import torch
 
 from foveate.kernels.sampling import request_seed, sample_seed
-from foveate.rollout.config import EngineConfig
+from foveate.rollout.config import EngineConfig, require
 from foveate.rollout.models.spec import ModelSpec
-from foveate.rollout.processor import PromptProcessor
+from foveate.rollout.processor import Prompt, PromptProcessor
 from foveate.rollout.scheduler import Group, Sequence
 from foveate.rollout.text import TextDecoder
 from foveate.rollout.types import Request
@@ -25,7 +25,9 @@ class Intake:
         self.spec = spec
         self.processor = processor
         self.max_context = config.max_context or spec.max_context
-        self.eos_ids = _eos_ids(spec.model)
+        fits = self.max_context <= spec.max_context
+        require(fits, f"at most the model's {spec.max_context}", self.max_context, "max_context")
+        self.eos_ids = _eos_ids(spec.model, spec.vocab_size)
         self.banned = torch.zeros(spec.vocab_size, dtype=torch.bool, device=spec.lm_head.weight.device)
         if config.ban_vision_tokens:
             self.banned[list(spec.vision.pad_ids if spec.vision else ())] = True
@@ -35,13 +37,12 @@ class Intake:
     def admit(self, request: Request, request_id: str, index: int) -> Group:
         """index: how many requests were added before, the seed of a request that brings none."""
         sampling = request.sampling
-        prompt = self.processor.prepare(request)
+        prompt = self._prepare(request)
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
         for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
             if beyond := [i for i in getattr(sampling, name) or () if i >= self.spec.vocab_size]:
                 raise ValueError(f"expected ids < {self.spec.vocab_size}, got {beyond} ({name})")
-        if sampling.stop and self.processor.tokenizer is None:
-            raise ValueError("expected no stop strings, because the engine has no tokenizer, got some (stop)")
+        self._check_stop(sampling.stop)
         banned = self._banned(request)
         group = Group(
             request=request,
@@ -57,6 +58,23 @@ class Intake:
             decoder = TextDecoder(self.processor.tokenizer) if sampling.stop else None
             group.sequences.append(Sequence(group, _signed(sample_seed(seed, sample)), decoder=decoder))
         return group
+
+    def _prepare(self, request: Request) -> Prompt:
+        try:
+            return self.processor.prepare(request)
+        except ValueError:
+            raise
+        except Exception as error:  # of a tokenizer, chat template or image processor: what they raise is theirs
+            raise ValueError(f"expected a prompt that the processor can read, got {error!r} (prompt)") from error
+
+    def _check_stop(self, stop: tuple[str, ...]) -> None:
+        tokenizer = self.processor.tokenizer
+        if stop and tokenizer is None:
+            raise ValueError("expected no stop strings, because the engine has no tokenizer, got some (stop)")
+        for text in stop:
+            special = [token for token in getattr(tokenizer, "all_special_tokens", ()) if token in text]
+            if special:
+                raise ValueError(f"expected stop_token_ids for the special tokens {special}, got {text!r} (stop)")
 
     def _banned(self, request: Request) -> torch.Tensor:
         sampling, banned = request.sampling, self.banned
@@ -95,14 +113,14 @@ class Intake:
         return min(request.sampling.max_tokens, room)
 
 
-def _eos_ids(model) -> frozenset[int]:
+def _eos_ids(model, vocab_size: int) -> frozenset[int]:
     generation = getattr(model, "generation_config", None)
     ids = getattr(generation, "eos_token_id", None)
     if ids is None:
         ids = getattr(model.config, "eos_token_id", None)
     if ids is None:
         return frozenset()
-    return frozenset([ids] if isinstance(ids, int) else ids)
+    return frozenset([ids] if isinstance(ids, int) else ids) & frozenset(range(vocab_size))
 
 
 def _signed(seed: int) -> int:

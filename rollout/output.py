@@ -35,7 +35,11 @@ def fail(group: Group, message: str) -> None:
 def _finish(sequence: Sequence, token: int) -> None:
     group, sampling = sequence.group, sequence.group.request.sampling
     if sequence.decoder is not None:
-        text = sequence.decoder.append(token)
+        try:
+            text = sequence.decoder.append(token)
+        except Exception as error:  # whatever a tokenizer raises concerns this request alone
+            fail(group, f"expected a tokenizer that decodes the drawn ids, got {error!r}")
+            return
         if len(sequence.token_ids) >= sampling.min_tokens and any(stop in text for stop in sampling.stop):
             sequence.finish_reason = "stop"
     if token in group.stop_ids:

@@ -99,10 +99,9 @@ class PromptProcessor:
         if isinstance(prompt, str):
             return prompt, images
         messages, embedded = _lift_images(prompt)
-        if embedded and images:
-            raise ValueError(
-                f"expected images in the messages or in images, got {len(embedded)} and {len(images)} (images)"
-            )
+        if embedded and (images or request.vision is not None):
+            also = f"{len(images)} in images" if images else "vision"
+            raise ValueError(f"expected images in one place, got {len(embedded)} in the messages and {also} (images)")
         return self._render(messages, generation=True), images or embedded
 
     def _render(self, messages: list[dict], generation: bool) -> str:
@@ -130,16 +129,17 @@ class PromptProcessor:
             return [], []
         if self.vision is None:
             raise ValueError("expected no images for a text model, got VisionInputs (vision)")
-        grids = torch.as_tensor(vision.image_grid_thw, dtype=torch.int64, device="cpu")
+        # Copies: a caller may write to its tensors while the request waits.
+        grids = torch.as_tensor(vision.image_grid_thw).to("cpu", torch.int64, copy=True)
         merge = self.vision.merge_size
         if grids.dim() != 2 or grids.shape[1] != 3 or (grids < 1).any() or (grids[:, 1:] % merge).any():
             expected = f"[images, 3] of positive patch counts, height and width multiples of {merge}"
             raise ValueError(f"expected {expected}, got {grids.tolist()} (image_grid_thw)")
-        pixels, patches = vision.pixel_values, grids.prod(-1)
+        pixels, patches = torch.as_tensor(vision.pixel_values).detach().clone(), grids.prod(-1)
         if pixels.dim() != 2 or pixels.shape != (int(patches.sum()), self.vision.patch_dim):
             expected = f"[{int(patches.sum())}, {self.vision.patch_dim}]"
             raise ValueError(f"expected {expected}, got {list(pixels.shape)} (pixel_values)")
-        return list(grids), list(pixels.detach().split(patches.tolist()))
+        return list(grids), list(pixels.split(patches.tolist()))
 
     def _expand(self, text_ids: list[int], tokens: list[int]) -> torch.Tensor:
         """Repeats the k-th image placeholder tokens[k] times."""

@@ -47,6 +47,7 @@ class Group:
     stop_ids: frozenset[int]
     banned: torch.Tensor  # bool [vocab]
     banned_early: torch.Tensor  # bool [vocab], while fewer than min_tokens are drawn
+    identities: tuple[tuple[int, int], list[bytes]] | None = None  # weight versions, identity of each segment
     sequences: list[Sequence] = field(default_factory=list)
     path: list[Segment] = field(default_factory=list)
     error: ValueError | None = None
@@ -105,7 +106,7 @@ class Scheduler:
         tokens = 0
         while self.waiting and self._admits(self.waiting[0], versions, tokens):
             group = self.waiting.popleft()
-            group.path = self.tree.acquire(identities(group.prompt, versions), group.prompt)
+            group.path = self.tree.acquire(self.identify(group, versions), group.prompt)
             tokens += sum(s.span[1] - s.span[0] for s in group.path if s.length == 0 and s.prompt is group.prompt)
             for sequence in group.sequences:
                 sequence.leaf = self.tree.branch(group.path[-1])
@@ -113,6 +114,12 @@ class Scheduler:
             self.running.extend(group.sequences)
             groups.append(group)
         return Batch(groups, [] if groups else list(self.running))
+
+    def identify(self, group: Group, versions: tuple[int, int]) -> list[bytes]:
+        """Identity of each segment of the group's prompt; hashed once for a pair of weight versions."""
+        if group.identities is None or group.identities[0] != versions:
+            group.identities = versions, identities(group.prompt, versions)
+        return group.identities[1]
 
     def retire(self) -> list[Group]:
         """Takes finished samples off the running list, frees their KV, and returns the groups that ended."""
@@ -155,7 +162,7 @@ class Scheduler:
             return False
         if tokens and tokens + len(group.prompt.token_ids) > self.config.max_batch_tokens:
             return False
-        wanted = self.tree.pages_needed(identities(group.prompt, versions), group.prompt)
+        wanted = self.tree.pages_needed(self.identify(group, versions), group.prompt)
         wanted += len(group.sequences) * self._pages_per_sample(group)
         return wanted <= self.tree.pool.num_free - self.promised
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+LONGEST_CHARACTER = 8  # tokens; UTF-8 has at most four bytes, and a token at least one
+
 
 class TextDecoder:
     """Text of a growing completion, decoded a token at a time.
@@ -24,7 +26,9 @@ class TextDecoder:
         self._ids.append(token_id)
         before = self._decode(self._ids[self._start : self._settled])
         after = self._decode(self._ids[self._start :])
-        if len(after) > len(before) and not after.endswith("�"):
+        # Bytes that are no character after so many tokens never will be.
+        hopeless = len(self._ids) - self._settled >= LONGEST_CHARACTER
+        if len(after) > len(before) and (hopeless or not after.endswith("�")):
             self.text += after[len(before) :]
             self._start, self._settled = self._settled, len(self._ids)
         return self.text

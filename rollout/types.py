@@ -56,7 +56,10 @@ class Request:
             "images",
         )
         require(
-            self.prefix_len is None or self.prefix_len >= 0,
+            self.request_id is None or isinstance(self.request_id, str), "a str or None", self.request_id, "request_id"
+        )
+        require(
+            self.prefix_len is None or (isinstance(self.prefix_len, int) and self.prefix_len >= 0),
             f"{name}prefix_len >= 0",
             self.prefix_len,
             "prefix_len",
@@ -147,3 +150,11 @@ class RolloutGroup:
     pixel_values: torch.Tensor | None = None
     keep: KeepPlan | None = None
     error: ValueError | None = None
+
+
+class RequestError(ValueError):
+    """Raised by `Engine.generate(strict=True)` after all requests have ended; `groups` holds every group."""
+
+    def __init__(self, message: str, groups: list[RolloutGroup]):
+        super().__init__(message)
+        self.groups = groups

@@ -35,7 +35,7 @@ class VisionEncoder:
         missing = [image for key, image in wanted.items() if key not in features]
         if missing:
             device = next(self.spec.tower.parameters()).device
-            pixels = torch.cat([image.pixel_values for image in missing]).to(device)
+            pixels = torch.cat([image.pixel_values.to(device) for image in missing])
             grids = torch.stack([image.grid_thw for image in missing]).to(device)
             for image, feature in zip(missing, self.spec.encode(pixels, grids), strict=True):
                 features[image.content_hash] = self._remember(image.content_hash, feature.to(self.dtype))

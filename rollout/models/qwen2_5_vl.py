@@ -20,7 +20,7 @@ def describe(model: Any) -> ModelSpec:
     def positions(ids: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[torch.Tensor, int]:
         # One text token more shows where the completion goes on; transformers before 5.6 gives image tokens
         # time positions beyond the text that follows, so the largest position says nothing.
-        is_image = torch.cat([ids == config.image_token_id, torch.zeros(1, dtype=torch.bool)]).int()
+        is_image = torch.cat([ids == config.image_token_id, torch.zeros(1, dtype=torch.bool, device=ids.device)]).int()
         longer = torch.cat([ids, ids.new_zeros(1)])
         planes, _ = inner.get_rope_index(longer[None], mm_token_type_ids=is_image[None], image_grid_thw=image_grid_thw)
         return planes[:, 0, :-1], int(planes[0, 0, -1])

@@ -8,7 +8,7 @@ look for tied tensors would then drop all but one of them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,21 +55,25 @@ class Weights:
         self.shares = self.dtype == spec.lm_head.weight.dtype
         self._shadow: dict[int, torch.Tensor] = {}  # id of a parameter -> its copy in self.dtype
         self._shadow_buffers: dict[nn.Module, dict[str, torch.Tensor]] = {}
+        self._table: list[tuple[nn.Module, str, nn.Parameter, int]] = []
+        self._torn = False  # a copy broke off half-way
         self.adopt()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def adopt(self) -> None:
         """Reads the module's parameters anew, fusing what is not fused yet."""
         model, decoder = self.spec.model, self.spec.decoder
         self._names = {id(module): name for name, module in model.named_modules()}
         self._places: list[tuple[dict, str, nn.Module | None]] = []  # empty until all is read, see check
-        self._table: list[tuple[nn.Module, str, nn.Parameter, int]] = []
+        self._known = {id(param): pointer for _, _, param, pointer in self._table}
+        self._reading: list[tuple[nn.Module, str, nn.Parameter]] = []
         self.embed = self._tensor(decoder.embed_tokens, "weight")
         self.layers = [self._layer(layer) for layer in decoder.layers]
         self.norm, self.eps = self._tensor(decoder.norm, "weight"), decoder.norm.variance_epsilon
         self.lm_head, self.lm_head_bias = self._linear(model.lm_head)
         # Fusing moves parameters, so the addresses are taken when all are in place.
-        self._table = [(owner, name, param, param.data_ptr()) for owner, name, param, _ in self._table]
+        self._table = [(owner, name, param, param.data_ptr()) for owner, name, param in self._reading]
         # Who stands where: a wrapper put around a projection later must not go unnoticed.
         self._places = [(parent._modules, *slot) for parent in decoder.modules() for slot in parent._modules.items()]
         self._places.append((model._modules, "lm_head", model.lm_head))
@@ -79,8 +83,11 @@ class Weights:
     def check(self) -> None:
         """Re-adopts the parameters if one, or a module, was replaced or moved since they were last read.
 
-        Raises ValueError naming the module if what stands there now cannot be shared.
+        Raises ValueError naming the module if what stands there now cannot be shared, and after an update that
+        broke off until a complete one.
         """
+        if self._torn:
+            raise ValueError("expected a complete update_weights after one that broke off half-way, got none")
         moved = (
             not self._places
             or any(children.get(name) is not module for children, name, module in self._places)
@@ -88,43 +95,69 @@ class Weights:
                 owner._parameters.get(name) is not param or param.data_ptr() != pointer
                 for owner, name, param, pointer in self._table
             )
+            or any(module._forward_hooks or module._forward_pre_hooks for module, *_ in self._table)
         )
         if moved:
             self.adopt()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
         """Fills the shadow from the module's parameters; nothing to do when they are shared."""
         for _, _, param, _ in self._table:
             if (copy := self._shadow.get(id(param))) is not None:
                 copy.copy_(param)
+        self._torn = False
 
-    def match(self, named: Mapping[str, torch.Tensor], partial: bool) -> dict[int, torch.Tensor]:
-        """Checks all names, shapes and dtypes and returns the tensors by the id of their parameter."""
+    def match(
+        self, named: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], partial: bool
+    ) -> dict[int, torch.Tensor]:
+        """Checks all names, shapes and dtypes and returns the tensors by the id of their parameter; none for none."""
         params = dict(self.spec.model.named_parameters(remove_duplicate=False))
         given: dict[int, tuple[str, torch.Tensor]] = {}
-        for name, tensor in named.items():
+        names: set[str] = set()
+        for name, tensor in named.items() if isinstance(named, Mapping) else named:
             own = resolve_name(name, params)
+            if own in names:
+                raise ValueError(f"expected each parameter once, got {own!r} twice (update_weights)")
+            names.add(own)
             param = params[own]
-            if tensor.shape != param.shape or not tensor.is_floating_point():
+            is_data = tensor.layout == torch.strided and not tensor.is_meta
+            if tensor.shape != param.shape or not tensor.is_floating_point() or not is_data:
                 expected = f"a floating tensor of shape {list(param.shape)}"
-                raise ValueError(f"expected {expected}, got {tensor.dtype} {list(tensor.shape)} ({name})")
+                got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+                raise ValueError(f"expected {expected}, got {got} ({name})")
             other, value = given.setdefault(id(param), (name, tensor))
             if value is not tensor and not torch.equal(value.to(tensor), tensor):
                 raise ValueError(f"expected equal values for tied parameters, got different ones ({other}, {name})")
         missing = [name for name, param in params.items() if id(param) not in given]
-        if missing and not partial:
+        if given and missing and not partial:
             raise ValueError(
                 f"expected all {len(params)} parameters, got none for {missing[:5]} (missing: {len(missing)})"
             )
         return {key: tensor for key, (_, tensor) in given.items()}
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def copy(self, matched: Mapping[int, torch.Tensor]) -> None:
         """Copies what `match` returned into the parameters, or into their shadow."""
-        for param in self.spec.model.parameters():
+        params = list(self.spec.model.parameters())
+        was_torn, self._torn = self._torn, True
+        for param in params:
             if id(param) in matched:
                 self._shadow.get(id(param), param).copy_(matched[id(param)])
+        self._torn = was_torn and len(matched) < len(params)
+
+    def changes_tower(self, matched: Mapping[int, torch.Tensor], said: bool | None) -> bool:
+        """Whether an update changes the vision tower: what the caller said, else by the matched parameters or, where
+        there are none, by whether the tower is trained. Raises ValueError if the caller's word is wrong."""
+        tower = list(self.spec.vision.tower.parameters()) if self.spec.vision is not None else []
+        named = any(id(param) in matched for param in tower)
+        if said is None:
+            return named or (not matched and any(param.requires_grad for param in tower))
+        if named and not said:
+            raise ValueError("expected no weights of the vision tower, got some (vision_changed=False)")
+        return said
 
     @property
     def shadow_bytes(self) -> int:
@@ -176,15 +209,26 @@ class Weights:
         shape = (sum(rows), *params[0].shape[1:])
         buffers = (_FUSED if self.shares else self._shadow_buffers).setdefault(owner, {})
         buffer = buffers.get(kind)
+        if self.shares and buffer is not None:
+            # Where one part moved away, its old memory still belongs to whoever moved it: never write there.
+            here = [part.data_ptr() for part in buffer.split(rows)] if buffer.shape[0] == shape[0] else []
+            buffer = buffer if here == [param.data_ptr() for param in params] else None
         if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (shape, self.dtype, self.device):
             buffer = buffers[kind] = torch.empty(shape, dtype=self.dtype, device=self.device)
         for param, part in zip(params, buffer.split(rows), strict=True):
             if not self.shares:
-                self._shadow[id(param)] = part.copy_(param)
+                self._fill(param, part)
             elif param.data_ptr() != part.data_ptr():
                 part.copy_(param)
                 param.data = torch.from_dlpack(part)
         return buffer
+
+    def _fill(self, param: nn.Parameter, copy: torch.Tensor) -> torch.Tensor:
+        """Makes `copy` the parameter's shadow; one that was filled before keeps what an update wrote to it."""
+        if id(param) not in self._shadow or self._known.get(id(param)) != param.data_ptr():
+            copy.copy_(param)
+        self._shadow[id(param)] = copy
+        return copy
 
     def _tensor(self, owner: nn.Module, name: str) -> torch.Tensor:
         param = self._register(owner, name)
@@ -192,8 +236,8 @@ class Weights:
             return param
         copy = self._shadow.get(id(param))
         if copy is None:
-            copy = self._shadow[id(param)] = torch.empty(param.shape, dtype=self.dtype, device=self.device)
-        return copy.copy_(param)
+            copy = torch.empty(param.shape, dtype=self.dtype, device=self.device)
+        return self._fill(param, copy)
 
     def _register(self, owner: nn.Module, name: str) -> nn.Parameter:
         param, full = owner._parameters.get(name), f"{self._names[id(owner)]}.{name}"
@@ -203,7 +247,7 @@ class Weights:
         if param.device != self.device or (self.shares and param.dtype != self.dtype):
             expected, got = f"{self.dtype} on {self.device}", f"{param.dtype} on {param.device}"
             raise ValueError(f"expected {expected}, got {got} ({full})")
-        self._table.append((owner, name, param, 0))
+        self._reading.append((owner, name, param))
         return param
 
     def _require_plain(self, module: nn.Module) -> None:

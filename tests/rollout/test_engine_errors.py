@@ -46,7 +46,7 @@ def assert_empty(engine: Engine) -> None:
 
 
 WRONG_VALUES = [
-    (SamplingParams, {"temperature": -1.0}, r"temperature 0 or in \[1e-4, inf\), got -1.0 \(temperature\)"),
+    (SamplingParams, {"temperature": -1.0}, r"temperature 0 or in \[1e-4, 3.4e38\], got -1.0 \(temperature\)"),
     (SamplingParams, {"temperature": 1e-5}, "temperature"),
     (SamplingParams, {"temperature": float("nan")}, "temperature"),
     (SamplingParams, {"temperature": float("inf")}, "temperature"),

@@ -317,7 +317,7 @@ REFUSED = {
     "long prefix": (dict(prompt=[1, 2], prefix_len=3), "expected at most the prompt's 2 tokens, got 3 (prefix_len)"),
     "images twice": (
         dict(prompt=[{"role": "user", "content": [{"type": "image", "image": "a.png"}]}], images=["b.png"]),
-        "expected images in the messages or in images, got 1 and 1 (images)",
+        "expected images in one place, got 1 in the messages and 1 in images (images)",
     ),
     "placeholder without image": (
         dict(prompt="<|image_pad|>"),

@@ -28,7 +28,9 @@ def save(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, st
     try:
         model.save_pretrained(fresh)  # type: ignore[operator]
         save_file({**_optimizer_tensors(model, optimizer), **_rng_tensors()}, fresh / "trainer.safetensors")
-        (fresh / "trainer.json").write_text(json.dumps(state, indent=2))
+        content = {"optimizer": type(optimizer).__name__, "state": state}
+        (fresh / "trainer.json").write_text(json.dumps(content, indent=2))
+        _sync(fresh)
         _replace(fresh, directory)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -40,23 +42,30 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     Sets torch's generators of the CPU and of the model's device to where they were. Raises ValueError, before anything
     has changed, if it is of another model or of another optimiser.
     """
+    _recover(directory)
     require((directory / "trainer.json").is_file(), "a checkpoint directory", str(directory), "directory")
-    state = json.loads((directory / "trainer.json").read_text())
+    content = json.loads((directory / "trainer.json").read_text())
+    kind = type(optimizer).__name__
+    require(content["optimizer"] == kind, f"a checkpoint of {kind}", content["optimizer"], "directory")
     tensors = load_file(directory / "trainer.safetensors")
     own = dict(model.named_parameters())
-    loaded = dict(type(model).from_pretrained(directory, dtype=model.dtype).named_parameters())  # type: ignore
+    read: Any = type(model)
+    other_model, info = read.from_pretrained(directory, dtype=model.dtype, output_loading_info=True)
+    require(not info["missing_keys"], "weights of every parameter", sorted(info["missing_keys"])[:3], "directory")
+    loaded = dict(other_model.named_parameters())
     for name, parameter in own.items():
         other = loaded.get(name)
         got = None if other is None else (list(other.shape), other.dtype)
         require(got == (list(parameter.shape), parameter.dtype), f"{list(parameter.shape)}", got, name)
     found = {name.split("/", 2)[2] for name in tensors if name.startswith("optimizer/")}
     require(found <= set(own), "optimiser state of this model's parameters", sorted(found - set(own))[:3], "directory")
+    require("rng/cpu" in tensors, "the state of the generators", sorted(tensors)[:3], "directory")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(loaded[name])
     _load_optimizer(own, optimizer, tensors)
     _load_rng(tensors)
-    return state
+    return content["state"]
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -97,5 +106,34 @@ def _replace(fresh: Path, directory: Path) -> None:
     aside = directory.with_name(f".{directory.name}.old-{os.getpid()}")
     if directory.exists():
         os.replace(directory, aside)
-    os.replace(fresh, directory)
+    try:
+        os.replace(fresh, directory)
+    except BaseException:
+        if aside.exists():
+            os.replace(aside, directory)
+        raise
+    _sync_directory(directory.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _recover(directory: Path) -> None:
+    """Puts a checkpoint back that stepped aside for one whose writer was killed before it took the place."""
+    left = sorted(directory.parent.glob(f".{directory.name}.old-*"), key=lambda path: path.stat().st_mtime)
+    if left and not directory.exists():
+        os.replace(left[-1], directory)
+
+
+def _sync(directory: Path) -> None:
+    """Files of a fresh checkpoint reach the disk before its name does."""
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -24,7 +24,8 @@ class GRPOConfig:
     max_grad_norm: None is off. num_updates: optimiser steps on each rollout batch, each on all of it.
     micro_batch_size: samples of one forward. micro_batch_tokens: its tokens, padding included; None is no limit.
     clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. dual_clip: bounds the loss of a
-    token of negative advantage A by -dual_clip A; None is off. kl_coef, kl_kind: see `kl_penalty`.
+    token of negative advantage A by -dual_clip A; None is off. kl_coef, kl_kind: see `kl_penalty`; the kind sets the
+    value, the gradient is that of k2 for all (verl calls these "k1+", "k3+").
     aggregation: see `sample_weights`; aggregation_length: its constant. old_logprobs: "recompute" by the trainer's
     own forward before the first update, or the "engine"'s. tis_cap: see `importance_weights`; None is off, inf
     does not truncate. advantage_eps, advantage_ddof: see `foveate.kernels.policy_loss.group_advantage`.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,11 @@ class Learner:
 
     def __init__(self, model: nn.Module, ref_model: nn.Module | None, config: GRPOConfig):
         _refuse_dropout(model)
+        if ref_model is not None:
+            _refuse_dropout(ref_model)
+            own = {id(parameter) for parameter in model.parameters()}
+            shared = [name for name, parameter in ref_model.named_parameters() if id(parameter) in own]
+            require(not shared, "a reference model with parameters of its own", shared[:1], "ref_model")
         self.model, self.config = model, config
         self.spec = models.describe(model)
         self.ref_spec = None if ref_model is None else models.describe(ref_model)
@@ -53,20 +59,18 @@ class Learner:
         norms = []
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        was_training = self.model.training
-        self.model.train()  # gradient checkpointing asks for it
-        for _ in range(config.num_updates):
-            self.optimizer.zero_grad(set_to_none=True)
-            losses = []
-            for index, part in enumerate(parts):
-                loss, tokens = self._loss(batch, part, fixed.setdefault(index, {}))
-                loss.backward()
-                losses.append(loss.detach())
-                seen.append(tokens)
-            limit = config.max_grad_norm or math.inf
-            norms.append(nn.utils.clip_grad_norm_(self.parameters, limit, error_if_nonfinite=True))
-            self.optimizer.step()
-        self.model.train(was_training)
+        with _in_training(self.model):
+            for _ in range(config.num_updates):
+                self.optimizer.zero_grad(set_to_none=True)
+                losses = []
+                for index, part in enumerate(parts):
+                    loss, tokens = self._loss(batch, part, fixed.setdefault(index, {}))
+                    loss.backward()
+                    losses.append(loss.detach())
+                    seen.append(tokens)
+                limit = config.max_grad_norm or math.inf
+                norms.append(nn.utils.clip_grad_norm_(self.parameters, limit, error_if_nonfinite=True))
+                self.optimizer.step()
         report = metrics.token_means({name: torch.cat([tokens[name] for tokens in seen]) for name in seen[0]})
         gaps = torch.cat([logprobs["gap"] for logprobs in fixed.values()])
         values = torch.stack([torch.stack(losses).sum(), gaps.mean(), gaps.max(), torch.stack(norms).mean()])
@@ -122,6 +126,18 @@ def _optimizer(parameters: Sequence[nn.Parameter], config: GRPOConfig) -> torch.
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.adam_eps, fused=True)
+
+
+@contextmanager
+def _in_training(model: nn.Module) -> Iterator[None]:
+    """Gradient checkpointing asks for training mode; every module is put back as it was, whatever happens."""
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _refuse_dropout(model: nn.Module) -> None:

@@ -228,11 +228,18 @@ class Processor:
 
 
 def load_processor(path: Any, has_vision: bool) -> Processor:
-    """The tokenizer of a saved model, and its PIL image processor for a vision-language model."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    """The tokenizer of a saved model and, for a vision-language model, Qwen's image processor on PIL.
+
+    The class is named, because `AutoImageProcessor` asks for torchvision in some versions of transformers.
+    """
+    from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    return Processor(tokenizer, AutoImageProcessor.from_pretrained(path, use_fast=False) if has_vision else None)
+    if not has_vision:
+        return Processor(tokenizer)
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return Processor(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(path))
 
 
 def _lift_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict], list[Any]]:

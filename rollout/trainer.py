@@ -59,6 +59,7 @@ class Trainer:
         callbacks: Sequence[Callable[[StepRecord], None]] = (),
     ):
         self.config = config = config or GRPOConfig()
+        require(engine.model is model, "an engine made with this model", type(engine.model).__name__, "engine")
         require(config.kl_coef == 0 or ref_model is not None, "a model for kl_coef > 0", None, "ref_model")
         require(config.save_every == 0 or output_dir is not None, "a path for save_every > 0", None, "output_dir")
         require(config.eval_every == 0 or evaluate is not None, "a function for eval_every > 0", None, "evaluate")
@@ -153,8 +154,12 @@ class Trainer:
             eps=self.config.advantage_eps,
             scorable=torch.tensor([total is not None for total in totals]),
         )
-        lengths = torch.tensor([len(sample.rollout.token_ids) for sample in samples])
-        weights = grpo.sample_weights(lengths, self.config.aggregation, self.config.aggregation_length)
+        # Samples without a reward teach nothing, and take no weight from those that do.
+        taught = [index for index, total in enumerate(totals) if total is not None]
+        weights = torch.zeros(len(samples))
+        if taught:
+            lengths = torch.tensor([len(samples[index].rollout.token_ids) for index in taught])
+            weights[taught] = grpo.sample_weights(lengths, self.config.aggregation, self.config.aggregation_length)
         return Batch(samples, advantages, weights)
 
     def _batches(self, prompts: Sequence[Request] | Iterable[Request]) -> Iterator[list[Request]]:

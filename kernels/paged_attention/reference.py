@@ -52,7 +52,7 @@ def attend(queries, key_pool, value_pool, plan: StepPlan, scale: float) -> torch
     lse: torch.Tensor | None = None  # float32 [T, heads]
     scaled = queries.float() * scale
     for batch in plan.prepared:
-        k, v = _gather(keys, batch), _gather(values, batch)  # [S, L, kv_heads, head_dim]
+        k, v = _gather(keys, batch), _gather(values, batch)  # [S * kv_heads, L, head_dim]
         q = scaled.view(*batch.rows.shape, num_heads, head_dim) if batch.all_rows else scaled[batch.rows]
         part, part_lse = _partial(q, k.float(), v.float(), batch)
         if batch.all_rows:
@@ -72,8 +72,11 @@ def attend(queries, key_pool, value_pool, plan: StepPlan, scale: float) -> torch
 
 def _gather(pool: torch.Tensor, batch: Batch) -> torch.Tensor:
     if isinstance(batch.slots, slice):
-        return pool[None, batch.slots]  # a view
-    return pool.index_select(0, batch.slots.view(-1)).view(*batch.slots.shape, *pool.shape[1:])
+        return pool[batch.slots].transpose(0, 1)  # a view
+    kv_heads, head_dim = pool.shape[1:]
+    # Head by head, so that the matrix products read it as it lies.
+    rows = batch.slots[:, None] * kv_heads + torch.arange(kv_heads, device=pool.device)[:, None]
+    return pool.view(-1, head_dim).index_select(0, rows.view(-1)).view(-1, batch.num_keys, head_dim)
 
 
 def merge(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,29 +87,26 @@ def merge(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _partial(q, k, v, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """q: [S, M, heads, head_dim], scaled; k, v: [S, L, kv_heads, head_dim] -> out [S*M, heads, head_dim], lse."""
+    """q: [S, M, heads, head_dim], scaled; k, v: [S * kv_heads, L, head_dim] -> out [S*M, heads, head_dim], lse."""
     num_segments, num_rows, num_heads, head_dim = q.shape
-    kv_heads, group = k.shape[2], num_heads // k.shape[2]
+    kv_heads = k.shape[0] // num_segments
+    group = num_heads // kv_heads
     q = q.view(num_segments, num_rows, kv_heads, group, head_dim).permute(0, 2, 1, 3, 4)
-    k, v = (
-        k.permute(0, 2, 3, 1),
-        v.permute(0, 2, 1, 3),
-    )  # [S, kv_heads, head_dim, L], [S, kv_heads, L, head_dim]
-    out = q.new_empty(num_segments, num_rows, kv_heads, group, head_dim)
-    lse = q.new_empty(num_segments, num_rows, kv_heads, group)
     tile = max(1, SCORE_TILE // (num_segments * num_heads * batch.num_keys))
+    outs, lses = [], []
     for start in range(0, num_rows, tile):
         stop = min(start + tile, num_rows)
         seen = batch.num_keys - num_rows + stop if batch.causal else batch.num_keys
-        rows = q[:, :, start:stop].reshape(num_segments, kv_heads, -1, head_dim)
-        scores = torch.matmul(rows, k[..., :seen])  # [S, kv_heads, tile * group, seen]
+        rows = q[:, :, start:stop].reshape(num_segments * kv_heads, -1, head_dim)
+        scores = torch.bmm(rows, k[:, :seen].transpose(1, 2))  # [S * kv_heads, tile * group, seen]
         _mask(scores.view(num_segments, kv_heads, stop - start, group, seen), batch, start, num_rows)
         weights = scores.softmax(-1)
         shape = (num_segments, kv_heads, stop - start, group)
-        out[:, start:stop] = torch.matmul(weights, v[:, :, :seen]).view(*shape, head_dim).transpose(1, 2)
+        outs.append(torch.bmm(weights, v[:, :seen]).view(*shape, head_dim).transpose(1, 2))
         # The largest weight is e^(its score - lse).
-        lse[:, start:stop] = (scores.amax(-1) - weights.amax(-1).log_()).view(shape).transpose(1, 2)
-    return out.view(-1, num_heads, head_dim), lse.view(-1, num_heads)
+        lses.append((scores.amax(-1) - weights.amax(-1).log_()).view(shape).transpose(1, 2))
+    out, lse = (outs[0], lses[0]) if len(outs) == 1 else (torch.cat(outs, 1), torch.cat(lses, 1))
+    return out.reshape(-1, num_heads, head_dim), lse.reshape(-1, num_heads)
 
 
 def _mask(scores, batch: Batch, start: int, num_rows: int) -> None:

@@ -42,15 +42,16 @@ def smooth(points: Sequence[tuple[float, float]], window: int) -> list[tuple[flo
     return [(x, sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1)) for i, (x, _) in enumerate(points)]
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2, 2.5 or 5 times a power of ten apart) inside [low, high]."""
-    if high <= low:
-        return [low]
-    rough = (high - low) / count
+def tick_step(low: float, high: float, count: int = 5) -> float:
+    """The smallest 1, 2, 2.5 or 5 times a power of ten that cuts [low, high] into at most `count` pieces."""
+    rough = (high - low) / count if high > low else max(abs(low), 1.0) / count
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
+
+
+def ticks(low: float, high: float, step: float) -> list[float]:
+    """Multiples of step inside [low, high]."""
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def format_value(value: float, kind: str) -> str:
@@ -83,12 +84,10 @@ class _Frame:
             return
         low = min(ys) if axis.low is None else axis.low
         high = max(ys) if axis.high is None else axis.high
-        step = ticks(low, max(high, low + 1e-9))
-        step_size = step[1] - step[0] if len(step) > 1 else max(abs(low), 1.0)
-        self.low = math.floor(low / step_size + 1e-9) * step_size if axis.low is None else axis.low
-        self.high = math.ceil(high / step_size - 1e-9) * step_size if axis.high is None else axis.high
-        if self.high <= self.low:
-            self.high = self.low + step_size
+        self.step = tick_step(low, high)
+        self.low = math.floor(low / self.step + 1e-9) * self.step if axis.low is None else axis.low
+        self.high = math.ceil(high / self.step - 1e-9) * self.step if axis.high is None else axis.high
+        self.high = max(self.high, self.low + self.step)
 
     def x(self, value: float) -> float:
         return LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - LEFT - RIGHT)
@@ -101,7 +100,7 @@ class _Frame:
     def y_ticks(self) -> list[float]:
         if self.axis.kind == "log":
             return [10.0**i for i in range(round(self.low), round(self.high) + 1)]
-        return ticks(self.low, self.high)
+        return ticks(self.low, self.high, self.step)
 
 
 def _drawable(point: tuple[float, float], axis: Axis) -> bool:
@@ -116,7 +115,7 @@ def line_chart(label: str, series: Sequence[Series], axis: Axis, x_label: str = 
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(LEFT - 8, y + 4, format_value(value, axis.kind), "end"))
-    for value in ticks(frame.x_low, frame.x_high, 6):
+    for value in ticks(frame.x_low, frame.x_high, tick_step(frame.x_low, frame.x_high, 6)):
         parts.append(_text(frame.x(value), HEIGHT - BOTTOM + 18, f"{value:g}", "middle"))
     middle = (HEIGHT - BOTTOM + TOP) / 2
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "middle", "axis"))

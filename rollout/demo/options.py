@@ -19,14 +19,14 @@ class DemoOptions:
 
     ablate: bool = False
     """Train a second time from the same warm start, without the perception reward (takes twice as long)."""
-    steps: int = 200
+    steps: int = 240
     """GRPO steps, each on 32 prompts with 8 rollouts."""
     seed: int = 0
     """Of the model's first weights, the training scenes and the sampling; the held-out scenes stay the same."""
     output: Path = Path("runs/demo")
     """Folder of report.html, the trained model and the metrics of each step. Files of an earlier run are replaced."""
     threads: int | None = None
-    """Threads of torch. Left out, the fastest number is measured; give it for a run that repeats to the bit."""
+    """Threads of torch. Left out, a good number is measured; give it for a run that repeats to the bit."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "an int >= 1", self.steps, "--steps")

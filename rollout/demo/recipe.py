@@ -16,7 +16,7 @@ from foveate.rollout.demo.record import Arm, DemoRecord, Reply, replies_of
 from foveate.rollout.demo.report import write_report
 from foveate.rollout.demo.scenes import QUESTIONS, Scene, scene_stream
 from foveate.rollout.demo.tasks import evaluate, make_request, make_reward, sample_groups
-from foveate.rollout.demo.threads import step_seconds, thread_count
+from foveate.rollout.demo.threads import choose, step_seconds, thread_count
 from foveate.rollout.demo.warmstart import SupervisedTrainer, WarmStartConfig, warm_start
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
@@ -28,7 +28,8 @@ GROUP_SIZE = 8
 NUM_HELD_OUT = 300
 NUM_STOPPING = 400
 SHOWN_OF_EACH_KIND = 3
-EVALUATE_EVERY = 25  # steps
+EVALUATE_EVERY = 20  # steps
+METRICS_FOLDERS = ("grpo", "ablation")  # by arm
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def grpo_config(options: DemoOptions) -> GRPOConfig:
     return GRPOConfig(
         prompts_per_step=PROMPTS_PER_STEP,
         max_steps=options.steps,
-        learning_rate=4e-4,
+        learning_rate=5e-4,
         betas=(0.9, 0.99),
         warmup_steps=20,
         schedule="linear",
@@ -83,6 +84,9 @@ class Demo:
         """Everything; prints what it does."""
         start = time.perf_counter()
         record, options = self.record, self.options
+        for folder in METRICS_FOLDERS:
+            (options.output / folder).mkdir(parents=True, exist_ok=True)
+            (options.output / folder / "metrics.jsonl").unlink(missing_ok=True)
         say(f"a Qwen2.5-VL of {record.num_parameters / 1e6:.1f} million parameters learns to read scanned digits")
         with thread_count(self._choose_threads()):
             self._warm_start()
@@ -107,7 +111,7 @@ class Demo:
         if self.options.threads is not None:
             return self.options.threads
         seconds = step_seconds(self.processor)
-        best = min(seconds, key=seconds.__getitem__)
+        best = choose(seconds)
         measured = ", ".join(f"{value:.2f} s with {count}" for count, value in seconds.items())
         say(f"threads: {best} (a training step took {measured})")
         return best
@@ -144,8 +148,7 @@ class Demo:
         look(0)
         say(f"\nGRPO {name}: {config.max_steps} steps of {config.prompts_per_step} prompts x {GROUP_SIZE} rollouts")
         say(f"  held-out accuracy before: {arm.before.accuracy:.1%}")
-        folder = options.output / ("ablation" if len(self.record.arms) > 1 else "grpo")
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        folder = options.output / METRICS_FOLDERS[len(self.record.arms) - 1]
         callbacks: list[Callable[[StepRecord], None]] = [
             lambda step: arm.metrics.append(step.metrics),
             ProgressPrinter(config),

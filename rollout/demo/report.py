@@ -185,7 +185,7 @@ def _rollouts(record: DemoRecord) -> str:
 def _footer(record: DemoRecord) -> str:
     warm = f"{record.warm_start[-1][0]} supervised steps" if record.warm_start else "a supervised warm start"
     return (
-        f"<footer><p>Before GRPO: {warm}, stopped by a set of scenes that is used for nothing else. Scans of "
+        f"<footer><p>Before GRPO: {warm}, measured on scenes that are used for nothing else. Scans of "
         "training, stopping and held-out scenes are disjoint. More supervised steps would help this model too: the "
         "demo shows that GRPO learns from the engine’s rollouts, not that it beats supervision.</p>"
         "<p>Digits: “Optical Recognition of Handwritten Digits” (E. Alpaydin, C. Kaynak; UCI Machine Learning "

@@ -11,7 +11,7 @@ from foveate.rollout.engine import Engine
 from foveate.rollout.rewards import LabelGrammar, RewardTable, RuleJudge, WeightedReward, perception_r1
 from foveate.rollout.types import Request, RolloutGroup
 
-MAX_TOKENS = 22  # the longest right reply has 21, its end included
+MAX_TOKENS = 22  # the longest right reply has 19, its end included
 
 
 def make_request(scene: Scene, n: int = 1, temperature: float = 1.0, seed: int | None = None) -> Request:
@@ -50,12 +50,17 @@ def evaluate(engine: Engine, scenes: Sequence[Scene], reward: WeightedReward) ->
     """Greedy accuracy, perception and format on the scenes."""
     groups = engine.generate([make_request(scene, temperature=0.0) for scene in scenes], strict=True, progress=False)
     parts = [{name: values[0] for name, values in reward(group).parts.items()} for group in groups]
-    means = {name: sum(float(part[name] or 0.0) for part in parts) / len(parts) for name in ("perception", "format")}
+    means = {name: sum(_scored(part[name]) for part in parts) / len(parts) for name in ("perception", "format")}
     return Evaluation(
         texts=tuple(group.rollouts[0].text for group in groups),
         correct=tuple(part["accuracy"] == 1.0 for part in parts),
         **means,
     )
+
+
+def _scored(value: float | None) -> float:
+    assert value is not None, "rules score every reply"
+    return value
 
 
 def sample_groups(

@@ -1,4 +1,4 @@
-"""Supervised warm start: the model learns the format, and to see about half of what a scene shows."""
+"""Supervised warm start: the model learns the format, and to see a good part of what a scene shows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class WarmStartConfig:
     learning_rate: float = 1e-3
     warmup_steps: int = 50
     batch_size: int = 32
-    enough: float = 0.45
+    enough: float = 0.4
     check_every: int = 10
     max_steps: int = 300
 

@@ -26,8 +26,8 @@ class Accuracy:
     The answer is the text of the last `<answer>...</answer>` after the think part, line breaks included; the
     rest of the reply is never looked at. Two boxes are a set of two values, so listing guesses is wrong.
     0: no answer, one of more than 1,000 characters, one that math-verify cannot read or that takes it longer
-    than `timeout_seconds`; the policy writes the answer, so its failures are the policy's own.
-    None (unscorable): the request has no answer to compare with, or math-verify cannot read that one.
+    than `timeout_seconds` twice; the policy writes the answer, so its failures are the policy's own.
+    None (unscorable): the request has no answer to compare with, or math-verify cannot read that one in time.
     The comparison runs in a child process with a time and memory limit: it works in any thread, hostile
     answers (`9^{9^{9^9}}`) cannot hang it, and no signal handler is touched. Plain integers skip it.
     Raises ImportError when math-verify is missing, ValueError when the known answer is not a string.
@@ -65,11 +65,17 @@ class Accuracy:
         if key not in self._known:
             verdict = self._process.compare(gold, answer)
             if verdict == "timeout":  # depends on the machine's load: not remembered
-                return 0.0
+                return self._after_timeout(gold, answer)
             if len(self._known) >= CACHE_ENTRIES:
                 self._known.clear()
             self._known[key] = {"equal": 1.0, "different": 0.0, "unreadable": None}[verdict]
         return self._known[key]
+
+    def _after_timeout(self, gold: str, answer: str) -> float | None:
+        """Once more, in a new child: None if the known answer alone is too much for it, 0 if the given one is."""
+        if self._process.compare(gold, "") == "timeout":
+            return None
+        return {"equal": 1.0, "different": 0.0, "timeout": 0.0, "unreadable": None}[self._process.compare(gold, answer)]
 
     def close(self) -> None:
         """Ends the child process; the next comparison starts a new one."""

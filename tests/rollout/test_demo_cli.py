@@ -16,7 +16,7 @@ from foveate.rollout import cli
 from foveate.rollout.demo import recipe
 from foveate.rollout.demo.options import DemoOptions
 from foveate.rollout.demo.recipe import DemoSizes, first_of_each_kind, run_demo
-from foveate.rollout.demo.threads import thread_count
+from foveate.rollout.demo.threads import choose, thread_count
 from foveate.rollout.demo.warmstart import WarmStartConfig
 
 
@@ -30,7 +30,7 @@ def runs(monkeypatch):
 
 def test_defaults(runs):
     assert cli.main(["demo"]) == 0
-    assert runs == [DemoOptions(ablate=False, steps=200, seed=0, output=Path("runs/demo"), threads=None)]
+    assert runs == [DemoOptions(ablate=False, steps=240, seed=0, output=Path("runs/demo"), threads=None)]
 
 
 def test_every_option(runs, tmp_path):
@@ -108,6 +108,20 @@ def test_threads_are_put_back():
     with pytest.raises(RuntimeError):
         fail()
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "count"),
+    [
+        ({1: 0.4}, 1),
+        ({1: 0.4, 2: 5.2}, 1),
+        ({1: 0.14, 2: 0.12}, 1),
+        ({1: 0.2, 2: 0.1}, 2),
+        ({1: 0.4, 2: 0.2, 4: 0.19}, 2),
+    ],
+)
+def test_threads_are_added_only_where_they_pay(seconds, count):
+    assert choose(seconds) == count
 
 
 def test_shown_scenes_are_the_first_of_each_kind():

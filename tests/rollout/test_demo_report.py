@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from foveate.rollout.demo.charts import Axis, Series, format_value, line_chart, smooth, ticks
+from foveate.rollout.demo.charts import Axis, Series, format_value, line_chart, smooth, tick_step, ticks
 from foveate.rollout.demo.gallery import highlight
 from foveate.rollout.demo.record import Arm, DemoRecord, Reply
 from foveate.rollout.demo.report import render, write_report
@@ -138,17 +138,24 @@ def test_report_replaces_an_older_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "expected"),
+    ("low", "high", "step", "expected"),
     [
-        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
-        (0, 400, [0, 100, 200, 300, 400]),
-        (0.43, 0.71, [0.5, 0.6, 0.7]),
-        (2, 2, [2]),
-        (-3, 2, [-3, -2, -1, 0, 1, 2]),
+        (0, 1, 0.2, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 400, 100, [0, 100, 200, 300, 400]),
+        (0.43, 0.71, 0.1, [0.5, 0.6, 0.7]),
+        (-3, 2, 1, [-3, -2, -1, 0, 1, 2]),
+        (0, 11, 2.5, [0, 2.5, 5, 7.5, 10]),
+        (2, 2, 0.5, [2]),
     ],
 )
-def test_ticks_are_round_and_inside(low, high, expected):
-    assert ticks(low, high) == pytest.approx(expected)
+def test_ticks_are_round_and_inside(low, high, step, expected):
+    assert tick_step(low, high) == pytest.approx(step)
+    assert ticks(low, high, step) == pytest.approx(expected)
+
+
+def test_the_frame_ends_on_ticks():
+    drawing = line_chart("x", [Series("a", "red", [(0, 0.457), (1, 0.707)])], Axis("y", "percent"))
+    assert re.findall(r">([\d.]+%)<", drawing) == ["45%", "50%", "55%", "60%", "65%", "70%", "75%"]
 
 
 def test_smooth_is_the_mean_of_the_last_values():

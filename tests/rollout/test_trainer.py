@@ -116,6 +116,10 @@ def test_unscorable_and_failed_samples_teach_nothing(caplog):
     # {1/4, 3/4}: mean 1/2, std 1/4 sqrt 2; the third request has one scorable sample
     expected = torch.tensor([0, -half, half, 0, 0, 0]) / (1 + 1e-6 / (0.25 * math.sqrt(2)))
     torch.testing.assert_close(batches[0].advantages, expected, rtol=1e-6, atol=0)
+    taught = torch.tensor([False, True, True, False, False, True])
+    lengths = torch.tensor([len(sample.rollout.token_ids) for sample in batches[0].samples])
+    assert torch.equal(batches[0].weights > 0, taught)
+    torch.testing.assert_close((batches[0].weights * lengths).sum(), torch.tensor(1.0))
     assert record.metrics["sample/unscorable"] == 3
     assert record.metrics["group/failed"] == 1
     assert record.metrics["reward/total"] == pytest.approx(0.5)
@@ -290,7 +294,7 @@ def test_a_failed_write_leaves_the_older_checkpoint(tmp_path, monkeypatch):
     assert (tmp_path / "last" / "trainer.json").read_text() == before
     monkeypatch.undo()
     trained.save_checkpoint(tmp_path / "last")
-    assert json.loads((tmp_path / "last" / "trainer.json").read_text())["step"] == 9
+    assert json.loads((tmp_path / "last" / "trainer.json").read_text())["state"]["step"] == 9
     assert [path.name for path in tmp_path.iterdir()] == ["last"]
 
 
@@ -314,3 +318,14 @@ def test_generators_are_restored(tmp_path):
     trained.load_checkpoint(tmp_path / "last")
     assert torch.equal(torch.rand(3), expected)
     torch.set_rng_state(state)
+
+
+def test_another_models_engine_is_refused():
+    with pytest.raises(ValueError, match="an engine made with this model"):
+        Trainer(tiny_model("qwen3"), Engine(tiny_model("qwen3"), config=SMALL), reward, GRPOConfig(**QUIET))
+
+
+def test_a_reference_that_is_the_policy_is_refused():
+    model = tiny_model("qwen3")
+    with pytest.raises(ValueError, match="a reference model with parameters of its own"):
+        Trainer(model, Engine(model, config=SMALL), reward, GRPOConfig(**QUIET, kl_coef=0.1), ref_model=model)

@@ -16,6 +16,7 @@ _AVAILABLE: dict[str, tuple[str, ...]] = {
     "sampling": ("reference",),
     "paged_attention": ("reference",),
     "policy_loss": ("reference",),
+    "layers": ("reference",),
 }
 
 

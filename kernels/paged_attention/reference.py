@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from foveate.kernels.paged_attention.plan import StepPlan
 
@@ -29,6 +30,13 @@ class Batch:
     causal: bool
     first: bool  # depth 0: there is nothing to merge with
     real: torch.Tensor | None  # int64, which of the S * M rows are not padding; None if all are
+    head_rows: torch.Tensor | None = None  # int64 [S * kv_heads * L], `slots` of a pool seen as rows of one head
+
+    @property
+    def whole(self) -> bool:
+        """Every row of the step, causally, over one segment that began with it."""
+        one_run = isinstance(self.slots, slice) and self.all_rows
+        return one_run and (self.causal or self.rows.shape[1] == 1) and self.num_keys == self.rows.shape[1]
 
     @property
     def num_keys(self) -> int:
@@ -48,6 +56,8 @@ def attend(queries, key_pool, value_pool, plan: StepPlan, scale: float) -> torch
     num_rows, num_heads, head_dim = queries.shape
     keys = key_pool.view(-1, *key_pool.shape[2:])  # [slots, kv_heads, head_dim]
     values = value_pool.view(-1, *value_pool.shape[2:])
+    if len(plan.prepared) == 1 and plan.prepared[0].whole:
+        return _one_segment(queries, keys, values, plan.prepared[0], scale)
     out: torch.Tensor | None = None  # float32 [T, heads, head_dim]
     lse: torch.Tensor | None = None  # float32 [T, heads]
     scaled = queries.float() * scale
@@ -70,13 +80,22 @@ def attend(queries, key_pool, value_pool, plan: StepPlan, scale: float) -> torch
     return torch.zeros_like(queries) if out is None else out.to(queries.dtype)
 
 
+def _one_segment(queries, keys, values, batch: Batch, scale: float) -> torch.Tensor:
+    """A prompt on its own: nothing to merge, so that torch's fused attention serves. float [T, heads, head_dim]"""
+    q, k, v = (x.transpose(0, 1).float() for x in (queries, keys[batch.slots], values[batch.slots]))
+    out = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=True)
+    return out[0].transpose(0, 1).to(queries.dtype)
+
+
 def _gather(pool: torch.Tensor, batch: Batch) -> torch.Tensor:
     if isinstance(batch.slots, slice):
         return pool[batch.slots].transpose(0, 1)  # a view
     kv_heads, head_dim = pool.shape[1:]
     # Head by head, so that the matrix products read it as it lies.
-    rows = batch.slots[:, None] * kv_heads + torch.arange(kv_heads, device=pool.device)[:, None]
-    return pool.view(-1, head_dim).index_select(0, rows.view(-1)).view(-1, batch.num_keys, head_dim)
+    if batch.head_rows is None:
+        rows = batch.slots[:, None] * kv_heads + torch.arange(kv_heads, device=pool.device)[:, None]
+        batch.head_rows = rows.view(-1)
+    return pool.view(-1, head_dim).index_select(0, batch.head_rows).view(-1, batch.num_keys, head_dim)
 
 
 def merge(out_a, lse_a, out_b, lse_b) -> tuple[torch.Tensor, torch.Tensor]:

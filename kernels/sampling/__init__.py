@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 
 from foveate.kernels.dispatch import choose, require
+from foveate.kernels.layers import linear
 from foveate.kernels.sampling import reference
 from foveate.kernels.sampling.philox import request_seed, sample_seed
 
@@ -112,7 +113,7 @@ def sample_from_hidden(
     require(hidden.shape[1] == lm_head.shape[1], f"[N, {lm_head.shape[1]}]", _kind(hidden), "hidden")
     if bias is not None:
         require(bias.shape == lm_head.shape[:1], f"float [{lm_head.shape[0]}]", _kind(bias), "bias")
-    logits = torch.nn.functional.linear(hidden.float(), lm_head.float(), None if bias is None else bias.float())
+    logits = linear(hidden.float(), lm_head.float(), None if bias is None else bias.float())
     return sample(
         logits,
         temperature=temperature,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
 from foveate.kernels import paged_attention
+from foveate.kernels.layers import linear, rms_norm
 from foveate.kernels.paged_attention import StepPlan
 from foveate.rollout.models.spec import ModelSpec
 from foveate.rollout.models.weights import LayerWeights, Weights
@@ -42,7 +42,7 @@ class Decoder:
             q, k, v = self.project(rms_norm(hidden, layer.input_norm, layer.eps), layer, cos, sin)
             paged_attention.store_kv(k, v, keys, values, plan, backend=self.backend)
             mixed = attention(q, keys, values, plan, scale=self.scale, backend=self.backend)
-            hidden = hidden + F.linear(mixed.flatten(1), *layer.o)
+            hidden = hidden + linear(mixed.flatten(1), *layer.o)
             hidden = hidden + self.mlp(rms_norm(hidden, layer.post_norm, layer.eps), layer)
         return rms_norm(hidden, self.weights.norm, self.weights.eps)
 
@@ -50,10 +50,10 @@ class Decoder:
         """-> q [T, heads, head_dim], k and v [T, kv_heads, head_dim]; q and k rotated."""
         heads, kv_heads, head_dim = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
         if len(layer.qkv) > 1:
-            q, k, v = (F.linear(x, *part).unflatten(-1, (-1, head_dim)) for part in layer.qkv)
+            q, k, v = (linear(x, *part).unflatten(-1, (-1, head_dim)) for part in layer.qkv)
             qk = torch.cat([q, k], dim=1)
         else:
-            qkv = F.linear(x, *layer.qkv[0]).unflatten(-1, (-1, head_dim))
+            qkv = linear(x, *layer.qkv[0]).unflatten(-1, (-1, head_dim))
             qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split([heads, kv_heads], dim=1)
@@ -63,10 +63,10 @@ class Decoder:
 
     def mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
         if len(layer.gate_up) > 1:
-            gate, up = (F.linear(x, *part) for part in layer.gate_up)
+            gate, up = (linear(x, *part) for part in layer.gate_up)
         else:
-            gate, up = F.linear(x, *layer.gate_up[0]).chunk(2, dim=-1)
-        return F.linear(self.activation(gate) * up, *layer.down)
+            gate, up = linear(x, *layer.gate_up[0]).chunk(2, dim=-1)
+        return linear(self.activation(gate) * up, *layer.down)
 
     def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 [3, T] -> cos, signed sin [T, 1, head_dim], for `rotate`. Frequencies are the module's own buffer."""
@@ -82,14 +82,6 @@ class Decoder:
         cos, sin = angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
-
-
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, normalised in float32 as transformers does."""
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    normed = F.rms_norm(x.float(), weight.shape, None, eps)
-    return weight * normed.to(x.dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,16 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH_CPU := torch==2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
+# CUDA kernels are compiled where there is a GPU to run them.
+FOVEATE_CUDA ?= $(shell nvidia-smi >/dev/null 2>&1 && echo auto || echo 0)
+export FOVEATE_CUDA
+
 # What an installed copy depends on besides the Python files, which it reads in place.
-NATIVE := $(wildcard csrc/* bindings/*)
+NATIVE := $(wildcard csrc/* csrc/common/* bindings/*)
 CPP := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE) $(wildcard tests/native/*))
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow lint format bench gpu clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -44,6 +48,10 @@ format: $(VENV)/.test ## rewrite the sources in the house style
 
 bench: $(VENV)/.test ## run every benchmark
 	@set -e; for script in benchmarks/bench_*.py; do echo $$script; $(BIN)/python $$script $(ARGS); done
+
+# On a GPU with the Python that is there, which has torch and triton; the rehearsal uses .venv.
+gpu: $(if $(DRY),$(VENV)/.test) ## build, test and benchmark on a GPU into OUT=folder; DRY=1 rehearses on a CPU
+	$(if $(DRY),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py $(if $(DRY),--dry) $(if $(OUT),--out $(OUT))
 
 clean: ## remove what was built; the next target builds it again
 	rm -rf build dist *.egg-info foveate/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

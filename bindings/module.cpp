@@ -1,7 +1,29 @@
 // foveate._C: one register_<family>(m) per family of csrc/. It links neither libtorch nor anything of torch.
 #include "module.h"
 
+namespace py = pybind11;
+
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Native parts of foveate: the page pool.";
+#if defined(__AVX2__)
+    if (!__builtin_cpu_supports("avx2")) {
+        throw py::import_error(
+            "foveate._C was built for processors with AVX2, which this one lacks: install foveate "
+            "again with FOVEATE_CPU_FLAGS= (empty)");
+    }
+#endif
+    m.doc() = "Native parts of foveate: the page pool and the kernels on CPU and GPU.";
+#if defined(__clang__)
+    m.attr("COMPILER") = __VERSION__;
+#else
+    m.attr("COMPILER") = "GCC " __VERSION__;
+#endif
+#if defined(FOVEATE_WITH_CUDA)
+    m.attr("CUDA_VERSION") = FOVEATE_WITH_CUDA;  // that of nvcc
+    m.attr("CUDA_ARCHS") = FOVEATE_CUDA_ARCHS;   // chips the kernels were compiled for
+#else
+    m.attr("CUDA_VERSION") = py::none();
+    m.attr("CUDA_ARCHS") = "";
+#endif
+    register_layers(m);
     register_pages(m);
 }

@@ -3,4 +3,5 @@
 
 #include <pybind11/pybind11.h>
 
+void register_layers(pybind11::module_& m);
 void register_pages(pybind11::module_& m);

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "common/check.h"
 #include "module.h"
 
 namespace py = pybind11;
@@ -16,7 +17,7 @@ namespace {
 foveate::PageId to_page_id(std::int64_t value, const char* argument) {
     using Limits = std::numeric_limits<foveate::PageId>;
     if (value >= Limits::min() && value <= Limits::max()) return static_cast<foveate::PageId>(value);
-    throw py::value_error("expected a 32-bit int, got " + std::to_string(value) + " (" + argument + ")");
+    throw foveate::bad_value("a 32-bit int", std::to_string(value), argument);
 }
 
 std::vector<foveate::PageId> to_page_ids(const std::vector<std::int64_t>& values) {

@@ -3,6 +3,8 @@
 #include <numeric>
 #include <string>
 
+#include "common/check.h"
+
 namespace foveate {
 namespace {
 
@@ -32,9 +34,8 @@ std::uint64_t run_starts(std::uint64_t word, PageId n) {
     return word;
 }
 
-std::invalid_argument bad_value(const std::string& expected, PageId got, const char* argument) {
-    return std::invalid_argument("expected " + expected + ", got " + std::to_string(got) + " (" + argument +
-                                 ")");
+std::invalid_argument bad_page(const std::string& expected, PageId got, const char* argument) {
+    return bad_value(expected, std::to_string(got), argument);
 }
 
 }  // namespace
@@ -44,14 +45,14 @@ OutOfPages::OutOfPages(PageId wanted, PageId num_free)
                          std::to_string(num_free)) {}
 
 PagePool::PagePool(PageId num_pages) : num_pages_(num_pages), num_free_(num_pages) {
-    if (num_pages < 0) throw bad_value("num_pages >= 0", num_pages, "num_pages");
+    if (num_pages < 0) throw bad_page("num_pages >= 0", num_pages, "num_pages");
     free_.assign(static_cast<std::size_t>(num_pages / kWordBits), ~std::uint64_t{0});
     const PageId rest = num_pages % kWordBits;
     if (rest != 0) free_.push_back((std::uint64_t{1} << rest) - 1);
 }
 
 std::vector<PageId> PagePool::allocate(PageId n) {
-    if (n < 0) throw bad_value("n >= 0", n, "n");
+    if (n < 0) throw bad_page("n >= 0", n, "n");
     if (n > num_free_) throw OutOfPages(n, num_free_);
     if (n == 0) return {};
     std::vector<PageId> pages;
@@ -76,8 +77,8 @@ void PagePool::free(const std::vector<PageId>& pages) {
         }
         // A page given twice shows up here as free: take back what this call has marked, then name the cause.
         for (std::size_t j = 0; j < i; ++j) flip(pages[j]);
-        if (is_free(pages[i])) throw bad_value("pages in use", pages[i], "pages: already free");
-        throw bad_value("each page once", pages[i], "pages: given twice");
+        if (is_free(pages[i])) throw bad_page("pages in use", pages[i], "pages: already free");
+        throw bad_page("each page once", pages[i], "pages: given twice");
     }
     num_free_ += static_cast<PageId>(pages.size());
 }
@@ -118,7 +119,7 @@ std::vector<PageId> PagePool::lowest_free(PageId n) const {
 
 void PagePool::check_range(PageId page) const {
     if (page >= 0 && page < num_pages_) return;
-    throw bad_value("0 <= page < " + std::to_string(num_pages_), page, "page");
+    throw bad_page("0 <= page < " + std::to_string(num_pages_), page, "page");
 }
 
 bool PagePool::is_free(PageId page) const {

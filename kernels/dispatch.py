@@ -1,43 +1,126 @@
 """Chooses which implementation of a kernel family runs, and holds the argument check of all families.
 
-Backends: "reference" (plain torch, the definition of correct), "cpp", "triton", "cuda". The order of precedence:
-the caller's explicit request, then the environment variable FOVEATE_BACKEND, then the first one available.
+Backends: "reference" (plain torch, the definition of correct), "cpp" (foveate._C on the CPU), "triton", "cuda"
+(foveate._C on a GPU). The order of precedence: the caller's explicit request, then the environment variable
+FOVEATE_BACKEND ("triton", or by family: "sampling=cuda,layers=triton"), then the best one that is there.
 """
 
 from __future__ import annotations
 
 import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from foveate import _C
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 ENVIRONMENT_VARIABLE = "FOVEATE_BACKEND"
 
-# Per family, the best first.
-_AVAILABLE: dict[str, tuple[str, ...]] = {
-    "sampling": ("reference",),
+# What each family has, the best first.
+_IMPLEMENTED: dict[str, tuple[str, ...]] = {
+    "layers": ("cuda", "triton", "cpp", "reference"),
     "paged_attention": ("reference",),
     "policy_loss": ("reference",),
-    "layers": ("reference",),
+    "sampling": ("reference",),
 }
+FAMILIES = tuple(_IMPLEMENTED)
+_CPU = torch.device("cpu")
 
 
-def choose(family: str, requested: str | None = None) -> str:
-    """Name of the backend that serves `family`: the requested one, FOVEATE_BACKEND, or the best available.
+def choose(family: str, requested: str | None = None, device: torch.device = _CPU) -> str:
+    """Name of the backend that serves `family` on `device`: the requested one, FOVEATE_BACKEND, or the best there.
 
-    Raises ValueError, naming the family and what is available, when the requested backend (by argument or by
-    FOVEATE_BACKEND) is not there: an explicit request never falls back.
+    Raises ValueError, naming the family and what is missing, when the requested backend (by argument or by
+    FOVEATE_BACKEND) cannot run: an explicit request never falls back.
     """
-    available = _AVAILABLE[family]
-    source = "backend"
-    if requested is None:
-        requested = os.environ.get(ENVIRONMENT_VARIABLE) or available[0]
-        source = ENVIRONMENT_VARIABLE
-    if requested not in available:
-        known = "" if requested in BACKENDS else f", one of the names {BACKENDS}"
-        raise ValueError(f"expected a backend of {family} among {available}{known}, got {requested!r} ({source})")
-    return requested
+    backend, source = _requested(family, requested)
+    if backend is None:
+        return _best(family, device)
+    missing = _why_not(family, backend, device)
+    if missing is not None:
+        raise ValueError(f"expected a backend of {family} for {device}, got {backend!r}: {missing} ({source})")
+    return backend
+
+
+def available(family: str, device: torch.device = _CPU) -> tuple[str, ...]:
+    """The backends of a family that can run on `device`, the best first."""
+    return tuple(backend for backend in _IMPLEMENTED[family] if _missing(backend, device) is None)
+
+
+def explain(family: str, device: torch.device = _CPU) -> str:
+    """One line: which backend serves the family on `device`, and why none better does."""
+    backend, source = _requested(family, None)
+    if backend is not None:
+        return f"{choose(family, None, device)}: {source} asks for it"
+    chosen = _best(family, device)
+    native = ("cuda", "triton") if device.type == "cuda" else ("cpp",)
+    better = native[: native.index(chosen)] if chosen in native else native
+    reasons = [f"{backend}: {_why_not(family, backend, device)}" for backend in better]
+    return f"{chosen} ({'; '.join(reasons)})" if reasons else f"{chosen}, the best for {device.type}"
 
 
 def require(condition: bool, expected: str, got: object, argument: str) -> None:
     """Raises `ValueError("expected ..., got ... (argument)")` unless condition holds."""
     if not condition:
         raise ValueError(f"expected {expected}, got {got!r} ({argument})")
+
+
+def stream_of(tensor: torch.Tensor) -> int:
+    """The current CUDA stream of the tensor's device as an address; 0 on the CPU."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _requested(family: str, requested: str | None) -> tuple[str | None, str]:
+    """(backend or None, where it was asked for) of `name` or `family=name,family=name`."""
+    source = "backend"
+    if requested is None:
+        requested, source = os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
+    if not requested or "=" not in requested:
+        return requested or None, source
+    choices = dict(part.strip().partition("=")[::2] for part in requested.split(","))
+    known = all(name in FAMILIES and backend in BACKENDS for name, backend in choices.items())
+    require(known, f"family=backend, with families {FAMILIES} and backends {BACKENDS}", requested, source)
+    return choices.get(family), source
+
+
+def _best(family: str, device: torch.device) -> str:
+    """The interpreter is for proofs: on the CPU Triton only runs where it is asked for."""
+    order = [b for b in _IMPLEMENTED[family] if b != "triton" or device.type == "cuda"]
+    return next(backend for backend in order if _missing(backend, device) is None)
+
+
+def _why_not(family: str, backend: str, device: torch.device) -> str | None:
+    if backend not in BACKENDS:
+        return f"the backends are {', '.join(BACKENDS)}"
+    if backend not in _IMPLEMENTED[family]:
+        return f"{family} has only {', '.join(reversed(_IMPLEMENTED[family]))}"
+    return _missing(backend, device)
+
+
+def _missing(backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run on `device`; None if it can."""
+    if backend == "cpp":
+        return None if device.type == "cpu" else "it runs on CPU tensors"
+    if backend == "cuda":
+        if device.type != "cuda":
+            return "it runs on CUDA tensors"
+        return None if _C.CUDA_VERSION else "foveate._C was built without CUDA"
+    if backend == "triton":
+        if not _has_triton():
+            return "triton is not installed"
+        if interpreting():
+            return None if device.type == "cpu" else "its interpreter runs on CPU tensors"
+        return None if device.type == "cuda" else "it runs on CUDA tensors"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 DESCRIPTION = """Foveate, a rollout engine for multimodal GRPO.
 
+`foveate doctor` reports what is installed, which kernels run and whether they are right.
 `foveate COMMAND --help` shows the options of a command. The library itself is used from Python: `import foveate`."""
 # What the demo imports beyond the package's own dependencies, and what it is called on the package index.
 DEMO_PACKAGES = {
@@ -24,6 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Unknown commands and options, and values that make no sense, end the process with status 2 and say why.
     """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["doctor"]:  # works with nothing but the package itself
+        from foveate.rollout.tools.doctor import main as doctor
+
+        return doctor(given[1:])
     missing = [package for module, package in DEMO_PACKAGES.items() if find_spec(module) is None]
     if missing:
         print(f"foveate: expected {', '.join(missing)} to be installed: pip install 'foveate[demo]'", file=sys.stderr)
@@ -36,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         {"demo": DemoOptions},
         prog="foveate",
         description=DESCRIPTION,
-        args=None if arguments is None else list(arguments),
+        args=given,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     from foveate.rollout.demo.recipe import run_demo

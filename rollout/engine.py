@@ -52,12 +52,13 @@ class Engine:
         for name in ("prune", "deterministic"):
             if getattr(self.config, name):
                 raise NotImplementedError(f"EngineConfig.{name} comes with a later release")
-        choose("paged_attention", self.config.backend)
         self.model = model
         self.spec = models.describe(model)
         device, asked = self.spec.lm_head.weight.device, torch.device(self.config.device or "cpu")
         same = self.config.device is None or (asked.type == device.type and asked.index in (None, device.index))
         require(same, f"the model's device {device}", self.config.device, "device")
+        for family in ("layers", "paged_attention", "sampling"):
+            choose(family, self.config.backend, device)
         self._weights = Weights(self.spec, self.config.dtype, self.config.fuse)
         self.weight_version = self.vision_version = 0
         self.num_requests = 0  # added so far: the seed of a request that brings none depends on it

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -13,10 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from foveate.testing.uninitialised import poisoned_empty
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # In the root, `kernels` would be our folder and hide Hugging Face's package of that name from transformers.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+# Without a GPU Triton's kernels run in its interpreter, which must be chosen before they are defined.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The same examples on every run; no deadline, because a busy machine is not a wrong result.
 hypothesis.settings.register_profile("foveate", derandomize=True, deadline=None, print_blob=True)
@@ -32,31 +39,8 @@ def seed_from_node_id(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
 
 
-def _fill_with_garbage(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_meta or tensor.numel() == 0:
-        return tensor
-    with torch.no_grad():
-        if tensor.is_floating_point() or tensor.is_complex():
-            tensor.fill_(float("nan"))
-        elif tensor.dtype == torch.bool:
-            tensor.fill_(True)
-        else:
-            # Large, yet index arithmetic on it does not wrap around to something small.
-            tensor.fill_(torch.iinfo(tensor.dtype).max // 2 + 1)
-    return tensor
-
-
-def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def allocate_garbage(*args, **kwargs) -> torch.Tensor:
-        return _fill_with_garbage(allocate(*args, **kwargs))
-
-    return allocate_garbage
-
-
 @pytest.fixture(autouse=True)
-def poison_empty_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def poison_empty_memory() -> Iterator[None]:
     """`torch.empty` and its kin return NaN (floating), True (bool) or a large number (integers)."""
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
-    for name in ("new_empty", "new_empty_strided"):
-        monkeypatch.setattr(torch.Tensor, name, _poisoned(getattr(torch.Tensor, name)))
+    with poisoned_empty():
+        yield

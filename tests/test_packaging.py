@@ -61,9 +61,11 @@ def test_every_folder_with_code_is_a_package(setup_values):
 
 
 def test_every_native_file_is_built(setup_values):
-    native = [path for folder in ("csrc", "bindings") for path in (ROOT / folder).iterdir()]
+    native = [path for folder in ("csrc", "bindings") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    others = {".h", ".cuh", ".cu"}
     assert set(setup_values["sources"]) == {str(p.relative_to(ROOT)) for p in native if p.suffix == ".cpp"}
-    assert set(setup_values["depends"]) == {str(p.relative_to(ROOT)) for p in native if p.suffix == ".h"}
+    assert set(setup_values["depends"]) == {str(p.relative_to(ROOT)) for p in native if p.suffix in others}
+    assert {path.suffix for path in native} == others | {".cpp"}
 
 
 def test_every_imported_package_is_declared():
@@ -140,6 +142,54 @@ def test_installed_wheel_imports(wheel, tmp_path):
     code = f"{IMPORTS}; print(foveate.__file__, foveate._C.__file__, foveate.kernels.sampling.__file__)"
     files = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).split()
     assert all(Path(file).is_relative_to(tmp_path / "site") for file in files)
+
+
+def native_attributes(site: Path, tmp_path: Path) -> dict:
+    code = "import json; from foveate import _C; print(json.dumps([_C.CUDA_VERSION, _C.CUDA_ARCHS, _C.__file__]))"
+    return dict(
+        zip(
+            ("version", "archs", "file"),
+            json.loads(run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site))),
+            strict=True,
+        )
+    )
+
+
+@pytest.mark.slow
+def test_wheel_with_and_without_cuda(tree, tmp_path):
+    """One after the other from one tree: a build of other settings is never taken for up to date."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    pip = [sys.executable, "-P", "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index"]
+    symbols = {}
+    for cuda in ("1", "0"):
+        site = tmp_path / cuda
+        run(*pip, "--target", str(site), str(tree), cwd=tmp_path, FOVEATE_CUDA=cuda, FOVEATE_CUDA_ARCHS="90a")
+        native = native_attributes(site, tmp_path)
+        assert Path(native["file"]).is_relative_to(site)
+        assert (native["version"] is not None, native["archs"]) == ((True, "90a") if cuda == "1" else (False, ""))
+        symbols[cuda] = run("nm", "-DC", native["file"], cwd=tmp_path)
+        assert not re.search(r"\b(at|c10|torch)::", symbols[cuda])
+        libraries = run("ldd", native["file"], cwd=tmp_path)
+        assert not re.search(r"torch|libc10|libcuda", libraries)
+
+
+@pytest.mark.slow
+def test_cuda_that_is_demanded_must_be_there(tree, tmp_path):
+    code = "from distutils.core import run_setup; import setuptools; run_setup('setup.py', ['build_ext'])"
+    for setting, words in (("1", "expected nvcc because of FOVEATE_CUDA=1"), ("yes", "to be auto, 0 or 1, got 'yes'")):
+        environment = {"PATH": str(tmp_path), "FOVEATE_CUDA": setting, "CUDA_HOME": str(tmp_path), "NVCC": ""}
+        result = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            cwd=tree,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        if setting == "1" and Path("/usr/local/cuda/bin/nvcc").exists():
+            continue  # found without being on the path
+        assert result.returncode != 0
+        assert words in result.stderr
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
-"""The parts of a decoder layer between attention and sampling: `rms_norm`, `linear`.
+"""The parts of a decoder layer outside attention and sampling: `rms_norm`, `linear`.
 
     rms_norm(x) = x / sqrt(mean(x^2) + eps) * weight over the last dimension
 
-normalised in float32 and rounded to the dtype of x before the weight, as transformers' models do.
+normalised in float32 and rounded to the dtype of x before the weight, as transformers' models do. A row gives the
+same bits alone and in any batch; "cpp" and "cuda" give the same bits as each other.
 Source: Zhang & Sennrich, arXiv 1910.07467.
 """
 
@@ -11,16 +12,25 @@ from __future__ import annotations
 import torch
 
 from foveate.kernels.dispatch import choose, require
-from foveate.kernels.layers import reference
+from foveate.kernels.layers import operators, reference
 
 __all__ = ["linear", "rms_norm"]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str | None = None) -> torch.Tensor:
-    """x: float [..., D]. weight: float [D]. Returns float [..., D]. Raises ValueError if the shapes do not fit."""
-    require(weight.shape == x.shape[-1:], f"[{x.shape[-1] if x.dim() else '...'}]", list(weight.shape), "weight")
-    choose("layers", backend)
-    return reference.rms_norm(x, weight, eps)
+    """x: float32, float16 or bfloat16 [..., D]. weight: [D], of the same dtype and device. Returns [..., D].
+
+    Differentiable in x and weight; gradients are summed in float32. backend: None chooses. Raises ValueError if shapes,
+    dtypes or devices do not fit.
+    """
+    fits = x.dim() > 0 and weight.shape == x.shape[-1:] and weight.dtype == x.dtype and weight.device == x.device
+    if not fits or x.shape[-1] == 0:
+        require(x.dim() > 0 and x.shape[-1] > 0, "[..., D] with D >= 1", list(x.shape), "x")
+        require(False, f"[{x.shape[-1]}] {x.dtype} on {x.device}", _kind(weight), "weight")
+    chosen = choose("layers", backend, x.device)
+    if chosen == "reference":
+        return reference.rms_norm(x, weight, eps)
+    return operators.rms_norm(_as_rows(x), weight, eps, chosen)[0].view(x.shape)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -29,3 +39,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     x: float [M, K]. weight: float [N, K]. bias: float [N] or None. Returns float [M, N].
     """
     return reference.linear(x, weight, bias)
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[A, B, D] with a contiguous last dimension; a copy only where no view of x is one."""
+    if x.dim() == 3 and (x.stride(-1) == 1 or x.shape[-1] == 1):
+        return x
+    return x.reshape(-1, 1, x.shape[-1]) if x.is_contiguous() else x.contiguous().view(-1, 1, x.shape[-1])
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -26,17 +26,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     blocks = _num_blocks(x, weight)
     if blocks == 1:
         return F.linear(x, weight, bias)
-    stacked = weight.view(blocks, -1, weight.shape[1]).transpose(1, 2)  # [blocks, K, N / blocks]
+    stacked = weight.view(blocks, len(weight) // blocks, -1).transpose(1, 2)  # [blocks, K, N / blocks]
     product = torch.bmm(x.expand(blocks, -1, -1), stacked)
     out = product.transpose(0, 1).reshape(len(x), len(weight))
     return out if bias is None else out + bias
 
 
 def _num_blocks(x: torch.Tensor, weight: torch.Tensor) -> int:
-    threads = torch.get_num_threads()
-    if x.device.type != "cpu" or not 0 < len(x) <= FEW_ROWS or threads == 1 or not weight.is_contiguous():
+    blocks = torch.get_num_threads()
+    few = 0 < len(x) <= FEW_ROWS and x.shape[1] > 0
+    if blocks == 1 or x.device.type != "cpu" or not few or not weight.is_contiguous():
         return 1
-    blocks = threads
     while len(weight) // blocks > MAX_BLOCK:
         blocks *= 2
     return blocks if len(weight) % blocks == 0 else 1

@@ -33,7 +33,7 @@ def store_kv(
     """Writes row r of keys and values (float [T, kv_heads, head_dim]) to pool slot `plan.slots[r]`, in place."""
     _check(keys, key_pool, plan, "keys")
     _check(values, value_pool, plan, "values")
-    choose("paged_attention", backend)
+    choose("paged_attention", backend, keys.device)
     reference.store_kv(keys, values, key_pool, value_pool, plan)
 
 
@@ -54,7 +54,7 @@ def prefill(
     _check(queries, key_pool, plan, "queries")
     if value_pool.shape != key_pool.shape:
         raise ValueError(f"expected {list(key_pool.shape)}, got {list(value_pool.shape)} (value_pool)")
-    choose("paged_attention", backend)
+    choose("paged_attention", backend, queries.device)
     return reference.attend(queries, key_pool, value_pool, plan, scale)
 
 

@@ -55,7 +55,7 @@ def group_advantage(
     dtypes, offsets that do not run from 0 to N, and kinds other than "grpo".
     Source: GRPO (arXiv 2402.03300), with the Bessel-corrected std of its public implementations.
     """
-    choose("policy_loss", backend)
+    choose("policy_loss", backend, rewards.device)
     require(kind in KINDS, f"one of {KINDS}", kind, "kind")
     require(ddof in (0, 1), "0 or 1", ddof, "ddof")
     require(eps >= 0, "a number >= 0", eps, "eps")
@@ -95,7 +95,7 @@ def linear_logprobs(
     them has log-probability -inf, a row that allows none gives NaN. Memory: O(V) of logits for a chunk of tokens; a
     head in half precision is held once more in float32. Raises ValueError on shapes, dtypes and values.
     """
-    choose("policy_loss", backend)
+    choose("policy_loss", backend, hidden.device)
     for matrix, argument in ((hidden, "hidden"), (lm_head, "lm_head")):
         require(matrix.dim() == 2 and matrix.is_floating_point(), "a float matrix", _kind(matrix), argument)
     count, (vocab, width) = hidden.shape[0], lm_head.shape

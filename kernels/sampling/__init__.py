@@ -79,7 +79,7 @@ def sample(
     steps: int64 [N] in [0, 2^32), tokens of the sample already drawn. banned: bool [V] or [N, V], True = never
     drawn. backend: None chooses. Raises ValueError on shapes, dtypes and values out of range.
     """
-    choose("sampling", backend)
+    choose("sampling", backend, logits.device)
     parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned)
     _check_rows(seeds, logits, "seeds")
     _check_rows(steps, logits, "steps")
@@ -143,7 +143,7 @@ def score(
     token_ids: int64 [N] in [0, V). A token outside the kept set still has its log-probability over the whole
     vocabulary. The other arguments and the errors are those of `sample`; rows that cannot be sampled give NaN.
     """
-    choose("sampling", backend)
+    choose("sampling", backend, logits.device)
     parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned)
     _check_rows(token_ids, logits, "token_ids")
     if token_ids.numel():

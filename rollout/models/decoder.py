@@ -39,12 +39,15 @@ class Decoder:
         attention = paged_attention.decode if decode else paged_attention.prefill
         for index, layer in enumerate(self.weights.layers):
             keys, values = kv_pool[0, index], kv_pool[1, index]
-            q, k, v = self.project(rms_norm(hidden, layer.input_norm, layer.eps), layer, cos, sin)
+            q, k, v = self.project(self.norm(hidden, layer.input_norm, layer.eps), layer, cos, sin)
             paged_attention.store_kv(k, v, keys, values, plan, backend=self.backend)
             mixed = attention(q, keys, values, plan, scale=self.scale, backend=self.backend)
             hidden = hidden + linear(mixed.flatten(1), *layer.o)
-            hidden = hidden + self.mlp(rms_norm(hidden, layer.post_norm, layer.eps), layer)
-        return rms_norm(hidden, self.weights.norm, self.weights.eps)
+            hidden = hidden + self.mlp(self.norm(hidden, layer.post_norm, layer.eps), layer)
+        return self.norm(hidden, self.weights.norm, self.weights.eps)
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return rms_norm(x, weight, eps, backend=self.backend)
 
     def project(self, x: torch.Tensor, layer: LayerWeights, cos: torch.Tensor, sin: torch.Tensor):
         """-> q [T, heads, head_dim], k and v [T, kv_heads, head_dim]; q and k rotated."""
@@ -57,7 +60,7 @@ class Decoder:
             qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split([heads, kv_heads], dim=1)
-            qk = torch.cat([rms_norm(q, layer.q_norm, layer.eps), rms_norm(k, layer.k_norm, layer.eps)], dim=1)
+            qk = torch.cat([self.norm(q, layer.q_norm, layer.eps), self.norm(k, layer.k_norm, layer.eps)], dim=1)
         q, k = rotate(qk, cos, sin).split([heads, kv_heads], dim=1)
         return q, k, v
 

@@ -393,5 +393,5 @@ def test_wrong_keys_and_values(argument, change, message):
 
 def test_unknown_backend():
     tree = Tree(SAME_STEP, page_size=4)
-    with pytest.raises(ValueError, match=r"paged_attention .* got 'fpga' \(backend\)"):
+    with pytest.raises(ValueError, match=r"paged_attention .* got 'fpga': the backends are .* \(backend\)"):
         run(tree, make_step(tree), backend="fpga")

@@ -291,7 +291,7 @@ def test_bad_token_ids_and_hidden():
 def test_the_backend_is_never_replaced_silently(monkeypatch):
     sample(LOGITS, backend="reference")
     monkeypatch.setenv("FOVEATE_BACKEND", "cuda")
-    with pytest.raises(ValueError, match=r"backend of sampling among \('reference',\), got 'cuda' \(FOVEATE_BACKEND\)"):
+    with pytest.raises(ValueError, match=r"backend of sampling for cpu, got 'cuda': .* \(FOVEATE_BACKEND\)"):
         sample(LOGITS)
     sample(LOGITS, backend="reference")
     with pytest.raises(ValueError, match="got 'cdua'"):

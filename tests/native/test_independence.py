@@ -26,6 +26,13 @@ def test_linked_libraries():
     assert not [line for line in libraries.splitlines() if any(name in line for name in LIBTORCH)]
 
 
+def test_no_cuda_library_is_needed():
+    """The CUDA runtime is linked in, and it looks for the driver only when it is used: imports without a GPU."""
+    libraries = output_of("ldd", _C.__file__)
+    assert "not found" not in libraries
+    assert not [line for line in libraries.splitlines() if "libcuda" in line or "libnv" in line]
+
+
 def test_symbols():
     symbols = output_of("nm", "-DC", _C.__file__)
     assert "PyInit__C" in symbols

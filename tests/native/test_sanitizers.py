@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from foveate.testing.sanitizer import build_sanitized, run_sanitized
+
 ROOT = Path(__file__).resolve().parents[2]
-CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or "g++"
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror"]
-SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 
 @pytest.fixture(scope="module")
 def build_trace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("native")
-
-    def compile_object(source: Path, name: str, *defines: str) -> Path:
-        target = folder / name
-        command = [CXX, *FLAGS, *SANITIZE, *defines, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target)]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        return target
-
-    pool = compile_object(ROOT / "csrc" / "pages.cpp", "pages.o")
+    pool = build_sanitized([ROOT / "csrc" / "pages.cpp"], folder / "pages.o", includes=[ROOT / "csrc"])
 
     def build(bug: int) -> Path:
-        driver = compile_object(ROOT / "tests" / "native" / "pages_trace.cpp", f"trace{bug}.o", f"-DPLANT_BUG={bug}")
-        program = folder / f"trace{bug}"
-        subprocess.run([CXX, *SANITIZE, str(pool), str(driver), "-o", str(program)], check=True)
-        return program
+        sources = [ROOT / "tests" / "native" / "pages_trace.cpp", pool]
+        return build_sanitized(sources, folder / f"trace{bug}", [f"PLANT_BUG={bug}"], [ROOT / "csrc"])
 
     return build
 
 
-def run(program: Path) -> subprocess.CompletedProcess[str]:
-    # NOTE: a preloaded library would be in front of the sanitizer's runtime, which then refuses to start.
-    environment = {key: value for key, value in os.environ.items() if key != "LD_PRELOAD"}
-    return subprocess.run([str(program)], capture_output=True, text=True, env=environment, timeout=120)
-
-
 def test_page_pool_traces(build_trace):
-    result = run(build_trace(0))
+    result = run_sanitized(build_trace(0))
     assert (result.returncode, result.stdout) == (0, "traces agree\n"), result.stderr
 
 
@@ -52,6 +33,39 @@ def test_page_pool_traces(build_trace):
     [(1, "AddressSanitizer: heap-buffer-overflow"), (2, "signed integer overflow"), (3, "trace broke")],
 )
 def test_planted_bug_is_caught(build_trace, bug, report):
-    result = run(build_trace(bug))
+    result = run_sanitized(build_trace(bug))
     assert result.returncode != 0
     assert report in result.stderr
+
+
+def test_race_free_loop_on_two_threads(tmp_path):
+    source = tmp_path / "loop.cpp"
+    source.write_text("""
+#include <cstdio>
+int main() {
+    int sum = 0, threads = 0;
+#pragma omp parallel reduction(+ : sum, threads)
+    {
+        threads += 1;
+#pragma omp for
+        for (int i = 0; i < 100; ++i) sum += i;
+    }
+    std::printf("%d on %d", sum, threads);
+}
+""")
+    result = run_sanitized(build_sanitized([source], tmp_path / "loop"))
+    assert (result.returncode, result.stdout) == (0, "4950 on 2"), result.stderr
+
+
+def test_warning_is_refused(tmp_path):
+    source = tmp_path / "unused.cpp"
+    source.write_text("int main() { int unused; }")
+    with pytest.raises(RuntimeError, match=r"expected unused to compile(.|\n)*unused variable"):
+        build_sanitized([source], tmp_path / "unused")
+
+
+def test_compiler_must_be_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(FileNotFoundError, match="expected a C\\+\\+ compiler"):
+        build_sanitized([], tmp_path / "program")

@@ -78,7 +78,6 @@ WRONG_VALUES = [
     (EngineConfig, {"vision_cache_memory": -1}, "vision_cache_memory"),
     (EngineConfig, {"max_context": 1}, "max_context"),
     (EngineConfig, {"dtype": torch.int8}, "floating dtype or None, got torch.int8"),
-    (EngineConfig, {"backend": "numpy"}, "backend"),
     (PruneConfig, {"method": "x", "keep": 0}, "keep"),
 ]
 
@@ -306,8 +305,13 @@ def test_unsupported_families_and_config(make_engine, vlm):
             make_engine(model)
     with pytest.raises(ValueError, match=r"model's device cpu, got 'meta' \(device\)"):
         make_engine(vlm, device="meta")
-    with pytest.raises(ValueError, match=r"backend of paged_attention among .*got 'cuda'"):
-        make_engine(vlm, backend="cuda")
+    for backend, reason in (
+        ("cuda", "CUDA tensors"),
+        ("numpy", "the backends are"),
+        ("layers=numpy", "family=backend"),
+    ):
+        with pytest.raises(ValueError, match=rf"got '{backend}'.*{reason}|{reason}.*got '{backend}'"):
+            make_engine(vlm, backend=backend)
     assert make_engine(vlm, device="cpu").shares_weights
     for fields in ({"prune": PruneConfig("vscan")}, {"deterministic": True}):
         with pytest.raises(NotImplementedError, match=rf"EngineConfig.{next(iter(fields))} .*later release"):

@@ -271,7 +271,9 @@ def gate_and_up_swapped(monkeypatch):
 @mutant()
 def norm_epsilon_forgotten(monkeypatch):
     """1e-2 instead of 1e-6, so that it shows on random weights."""
-    _change(monkeypatch, decoder, "rms_norm", lambda original, x, weight, eps: original(x, weight, 1e-2))
+    _change(
+        monkeypatch, decoder, "rms_norm", lambda original, x, weight, eps, **kwargs: original(x, weight, 1e-2, **kwargs)
+    )
 
 
 @mutant(VISION)

@@ -1,0 +1,100 @@
+"""rms_norm, forward and with its backward, at the widths of real models: run as `python benchmarks/bench_layers.py`.
+
+Peers: torch.nn.functional.rms_norm, and on CUDA its compiled form at some shapes. Widths: 128 (q and k of a head), 2048
+and 3584 (hidden states of Qwen2.5-VL-3B and 7B). `rms_norm_with_backward` is one call of both; autograd's own work for
+it on the host is in the time on a CPU, and not in that of a captured graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import floors
+import torch
+import torch.nn.functional as F
+from common import Options, backends_of, main
+from measurement import Measurement, as_exact_as
+from timing import Inputs, Run
+
+from foveate.kernels.layers import rms_norm
+
+KERNELS = ("rms_norm", "rms_norm_with_backward")
+EPS = 1e-6
+DTYPES = (torch.float32, torch.bfloat16)
+COMPILED_ROWS = (8, 8192)  # a compilation takes seconds
+
+
+def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, weight.shape, weight, EPS)
+
+
+def plain_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As transformers' models write it: in float32 at least, rounded to the dtype of x before the weight."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    return weight * normed.to(x.dtype)
+
+
+def with_backward(forward: Run) -> Run:
+    """(x, weight, gradient) -> result, gradient of x, gradient of weight."""
+
+    def run(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        out = forward(x, weight)
+        return out.detach(), *torch.autograd.grad(out, (x, weight), grad)
+
+    return run
+
+
+def make_inputs(rows: int, dim: int, dtype: torch.dtype, grads: int, generator: torch.Generator) -> Inputs:
+    """x, weight and, with grads = 1, the gradient of the result."""
+    draw = partial(torch.randn, device=generator.device, dtype=dtype, generator=generator)
+    return draw(rows, dim), 1 + 0.1 * draw(dim), *(draw(rows, dim) for _ in range(grads))
+
+
+def peers_of(device: torch.device, dtype: torch.dtype, rows: int) -> dict[str, Run]:
+    if device.type != "cuda" or dtype != torch.bfloat16 or rows not in COMPILED_ROWS:
+        return {"torch": torch_rms_norm}
+    torch._dynamo.reset()  # one code object is compiled for a limited number of shapes
+    return {"torch": torch_rms_norm, "torch.compile": torch.compile(torch_rms_norm, dynamic=False)}
+
+
+def shapes(options: Options) -> Iterator[tuple[int, int]]:
+    dims: Sequence[int] = (128,) if options.quick else (128, 2048, 3584)
+    rows: Sequence[int] = (1, 8) if options.quick else (1, 8, 256)
+    if options.device.type == "cuda" and not options.quick:
+        rows = (*rows, 8192)
+    return ((count, dim) for dim in dims for count in rows)
+
+
+def measurements(options: Options) -> Iterator[Measurement]:
+    ours = {name: partial(rms_norm, eps=EPS, backend=name) for name in backends_of("layers", options.device)}
+    for rows, dim in shapes(options):
+        for dtype in DTYPES:
+            peers = peers_of(options.device, dtype, rows)
+            floor = floors.rms_norm(rows, dim, dtype.itemsize)
+            yield Measurement(
+                kernel="rms_norm",
+                shape={"rows": rows, "D": dim},
+                dtype=dtype,
+                make_inputs=partial(make_inputs, rows, dim, dtype, 0),
+                backends=ours,
+                check=as_exact_as(plain_rms_norm),
+                floor=floor,
+                peers=peers,
+            )
+            yield Measurement(
+                kernel="rms_norm_with_backward",
+                shape={"rows": rows, "D": dim},
+                dtype=dtype,
+                make_inputs=partial(make_inputs, rows, dim, dtype, 1),
+                backends={name: with_backward(run) for name, run in ours.items()},
+                check=as_exact_as(with_backward(plain_rms_norm)),
+                floor=floor + floors.rms_norm_backward(rows, dim, dtype.itemsize),
+                peers={name: with_backward(run) for name, run in peers.items()},
+            )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(__doc__, KERNELS, measurements))

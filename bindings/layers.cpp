@@ -1,0 +1,57 @@
+#include "layers.h"
+
+#include <pybind11/pybind11.h>
+
+#include "arguments.h"
+#include "module.h"
+#include "run.h"
+
+namespace py = pybind11;
+using namespace foveate;
+
+namespace {
+
+void rms_norm_forward(py::handle x_, py::handle weight_, double eps, py::handle out_, py::handle scale_,
+                      std::uintptr_t stream) {
+    Arguments check;
+    const Tensor x = check.tensor(x_, "x", {"A", "B", "D"}, kFloating, Layout::rows);
+    const Tensor weight = check.tensor(weight_, "weight", {"D"}, {x.dtype});
+    const Tensor out = check.tensor(out_, "out", {"A", "B", "D"}, {x.dtype});
+    const Tensor scale = check.tensor(scale_, "scale", {"A", "B"}, {DType::float32});
+    const Rows rows{x.shape[0], x.shape[1], x.strides[0], x.strides[1]};
+    run_on(check.device(), stream, [&](auto where) {
+        rms_norm({x.dtype, x.data, rows, weight.data, out.data, static_cast<float*>(scale.data),
+                  check.size("D"), static_cast<float>(eps)},
+                 where);
+    });
+}
+
+void rms_norm_gradient(py::handle grad_, py::handle x_, py::handle weight_, py::handle scale_,
+                       py::handle grad_x_, py::handle grad_weight_, std::uintptr_t stream) {
+    Arguments check;
+    const Tensor x = check.tensor(x_, "x", {"N", "D"}, kFloating);
+    const Tensor grad = check.tensor(grad_, "grad", {"N", "D"}, {x.dtype});
+    const Tensor weight = check.tensor(weight_, "weight", {"D"}, {x.dtype});
+    const Tensor scale = check.tensor(scale_, "scale", {"N"}, {DType::float32});
+    const Tensor grad_x = check.tensor(grad_x_, "grad_x", {"N", "D"}, {x.dtype});
+    const Tensor grad_weight = check.tensor(grad_weight_, "grad_weight", {"slabs", "D"}, {DType::float32});
+    const std::int64_t rows = check.size("N"), slabs = (rows + kGradientRows - 1) / kGradientRows;
+    if (check.size("slabs") != slabs) {
+        throw bad_value(std::to_string(slabs) + " slabs", std::to_string(check.size("slabs")), "grad_weight");
+    }
+    run_on(check.device(), stream, [&](auto where) {
+        rms_norm_backward({x.dtype, grad.data, x.data, weight.data, static_cast<const float*>(scale.data),
+                           grad_x.data, static_cast<float*>(grad_weight.data), rows, check.size("D")},
+                          where);
+    });
+}
+
+}  // namespace
+
+void register_layers(py::module_& m) {
+    m.def("rms_norm", &rms_norm_forward, py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"),
+          py::arg("scale"), py::arg("stream") = 0);
+    m.def("rms_norm_backward", &rms_norm_gradient, py::arg("grad"), py::arg("x"), py::arg("weight"),
+          py::arg("scale"), py::arg("grad_x"), py::arg("grad_weight"), py::arg("stream") = 0);
+    m.attr("RMS_NORM_GRADIENT_ROWS") = kGradientRows;
+}

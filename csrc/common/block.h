@@ -1,0 +1,116 @@
+// A kernel's body is written once, as a template over a Block: one team of kLanes lanes that works on one
+// row. On a GPU the lanes are threads (common/device_block.cuh), on a CPU they are the turns of a loop
+// (HostBlock below).
+//
+// A Block offers:
+//
+//   map<T>(n, out, f, in...)           out[i] = f(in[i]...), in float, loaded and stored 16 bytes at a time
+//   reduce<T>(n, op, f, in...)         op over f(in[i]...); every lane gets the result
+//   exclusive_scan<I>(n, get, put)     put(i, get(0) + ... + get(i - 1)) in the integer type I; returns the
+//   sum for_each(n, f)                     f(i), i < n, in any order once(f)                            f(),
+//   on one lane sync()                             what any lane wrote before it, every lane of the team sees
+//   after it
+//
+// in... are pointers to rows of n elements (float, bf16, f16). T names the row that sets the width of an
+// access, V = 16 / sizeof(T) elements; rows that are not aligned to it are read one by one, with the same
+// result.
+//
+// The order of a reduction is part of its definition, so that a row gives the same bits on every device,
+// alone and in any batch: element i goes to accumulator i mod (kLanes V), in ascending order, each beginning
+// with op.identity; a lane adds up its V accumulators from the first to the last; lanes of a warp of 32 are
+// combined by halving (distances 16, 8, 4, 2, 1), warps from the first to the last.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "common/macros.h"
+#include "common/scalar.h"
+
+namespace foveate {
+
+constexpr int kWarp = 32;
+
+struct Sum {
+    using Value = float;
+    static constexpr float identity = 0.0f;
+    FOVEATE_FN float operator()(float a, float b) const { return a + b; }
+};
+
+// The larger; NaN if either is.
+struct Max {
+    using Value = float;
+    static constexpr float identity = -std::numeric_limits<float>::infinity();
+    FOVEATE_FN float operator()(float a, float b) const { return a > b || a != a ? a : b; }
+};
+
+// One team as a loop. The accumulators of a reduction lie side by side, so that the compiler vectorises over
+// them.
+template <int kLanes>
+class HostBlock {
+    static_assert(kLanes % kWarp == 0, "a team is made of whole warps");
+
+  public:
+    static constexpr int lanes = kLanes;
+
+    template <class T, class Out, class F, class... In>
+    FOVEATE_FN void map(std::int64_t n, Out* out, F f, const In*... in) const {
+        for (std::int64_t i = 0; i < n; ++i) out[i] = from_float<Out>(f(to_float(in[i])...));
+    }
+
+    template <class T, class Op, class F, class... In>
+    FOVEATE_FN float reduce(std::int64_t n, Op op, F f, const In*... in) const {
+        constexpr int kVec = 16 / static_cast<int>(sizeof(T)), kAll = kLanes * kVec;
+        float accumulators[kAll];
+        for (float& accumulator : accumulators) accumulator = Op::identity;
+        std::int64_t start = 0;
+        for (; start + kAll <= n; start += kAll) {
+            for (int j = 0; j < kAll; ++j) {
+                accumulators[j] = op(accumulators[j], f(to_float(in[start + j])...));
+            }
+        }
+        for (int j = 0; start + j < n; ++j)
+            accumulators[j] = op(accumulators[j], f(to_float(in[start + j])...));
+        float lane[kLanes];
+        for (int l = 0; l < kLanes; ++l) {
+            lane[l] = accumulators[l * kVec];
+            for (int v = 1; v < kVec; ++v) lane[l] = op(lane[l], accumulators[l * kVec + v]);
+        }
+        for (int warp = 0; warp < kLanes; warp += kWarp) {
+            for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+                for (int l = 0; l < distance; ++l)
+                    lane[warp + l] = op(lane[warp + l], lane[warp + l + distance]);
+            }
+        }
+        float result = lane[0];
+        for (int warp = kWarp; warp < kLanes; warp += kWarp) result = op(result, lane[warp]);
+        return result;
+    }
+
+    template <class I, class Get, class Put>
+    FOVEATE_FN I exclusive_scan(std::int64_t n, Get get, Put put) const {
+        static_assert(std::is_integral_v<I>, "a sum of floats would depend on the order");
+        I sum = 0;
+        for (std::int64_t i = 0; i < n; ++i) {
+            const I value = get(i);
+            put(i, sum);
+            sum += value;
+        }
+        return sum;
+    }
+
+    template <class F>
+    FOVEATE_FN void for_each(std::int64_t n, F f) const {
+        for (std::int64_t i = 0; i < n; ++i) f(i);
+    }
+
+    template <class F>
+    FOVEATE_FN void once(F f) const {
+        f();
+    }
+
+    FOVEATE_FN void sync() const {}
+};
+
+}  // namespace foveate

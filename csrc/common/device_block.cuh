@@ -1,0 +1,167 @@
+// The Block of common/block.h whose lanes are threads: kLanes of them, one warp or a whole thread block.
+#pragma once
+
+#include "common/block.h"
+
+namespace foveate {
+
+// What the warps of one team hand to each other. Two places in turn, so that a reduction needs one barrier.
+template <int kLanes>
+struct TeamMemory {
+    std::uint64_t partials[2][kLanes / kWarp];
+};
+
+template <int kLanes>
+class DeviceBlock {
+    static_assert(kLanes % kWarp == 0, "a team is made of whole warps");
+
+  public:
+    static constexpr int lanes = kLanes;
+
+    __device__ DeviceBlock(TeamMemory<kLanes>& memory) : memory_(memory), lane_(threadIdx.x % kLanes) {}
+
+    template <class T, class Out, class F, class... In>
+    __device__ void map(std::int64_t n, Out* out, F f, const In*... in) const {
+        constexpr int kVec = 16 / static_cast<int>(sizeof(T));
+        const bool whole = aligned<kVec>(out) && (aligned<kVec>(in) && ...);
+        for (std::int64_t i = lane_ * kVec; i < n; i += kLanes * kVec) {
+            if (whole && i + kVec <= n) {
+                map_whole<kVec>(out + i, f, load<kVec>(in + i)...);
+            } else {
+                for (int v = 0; v < kVec && i + v < n; ++v)
+                    out[i + v] = from_float<Out>(f(to_float(in[i + v])...));
+            }
+        }
+    }
+
+    template <class T, class Op, class F, class... In>
+    __device__ float reduce(std::int64_t n, Op op, F f, const In*... in) {
+        constexpr int kVec = 16 / static_cast<int>(sizeof(T));
+        const bool whole = (aligned<kVec>(in) && ...);
+        float accumulators[kVec];
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) accumulators[v] = Op::identity;
+        for (std::int64_t i = lane_ * kVec; i < n; i += kLanes * kVec) {
+            if (whole && i + kVec <= n) {
+                accumulate<kVec>(accumulators, op, f, load<kVec>(in + i)...);
+            } else {
+#pragma unroll
+                for (int v = 0; v < kVec; ++v) {
+                    if (i + v < n) accumulators[v] = op(accumulators[v], f(to_float(in[i + v])...));
+                }
+            }
+        }
+        float value = accumulators[0];
+#pragma unroll
+        for (int v = 1; v < kVec; ++v) value = op(value, accumulators[v]);
+        return across_lanes(value, op);
+    }
+
+    template <class I, class Get, class Put>
+    __device__ I exclusive_scan(std::int64_t n, Get get, Put put) {
+        static_assert(std::is_integral_v<I>, "a sum of floats would depend on the order");
+        I before = 0;
+        for (std::int64_t start = 0; start < n; start += kLanes) {
+            const std::int64_t i = start + lane_;
+            const I value = i < n ? static_cast<I>(get(i)) : I{0};
+            I inclusive = value;
+#pragma unroll
+            for (int distance = 1; distance < kWarp; distance *= 2) {
+                const I left = __shfl_up_sync(kAllLanes, inclusive, distance);
+                if (lane_ % kWarp >= distance) inclusive += left;
+            }
+            I total = __shfl_sync(kAllLanes, inclusive, kWarp - 1);
+            if constexpr (kLanes > kWarp) {
+                exchange(total);
+                total = 0;
+                for (int warp = 0; warp < kLanes / kWarp; ++warp) {
+                    const I part = partial<I>(warp);
+                    if (warp < lane_ / kWarp) inclusive += part;
+                    total += part;
+                }
+            }
+            if (i < n) put(i, before + inclusive - value);
+            before += total;
+        }
+        return before;
+    }
+
+    template <class F>
+    __device__ void for_each(std::int64_t n, F f) const {
+        for (std::int64_t i = lane_; i < n; i += kLanes) f(i);
+    }
+
+    template <class F>
+    __device__ void once(F f) const {
+        if (lane_ == 0) f();
+    }
+
+    __device__ void sync() const {
+        if constexpr (kLanes == kWarp) {
+            __syncwarp();
+        } else {
+            __syncthreads();
+        }
+    }
+
+  private:
+    static constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+    template <int kVec, class T>
+    __device__ static bool aligned(const T* row) {
+        return reinterpret_cast<std::uintptr_t>(row) % alignof(Vec<T, kVec>) == 0;
+    }
+
+    template <int kVec, class T>
+    __device__ static Vec<T, kVec> load(const T* row) {
+        return *reinterpret_cast<const Vec<T, kVec>*>(row);
+    }
+
+    template <int kVec, class Out, class F, class... In>
+    __device__ static void map_whole(Out* out, F f, const Vec<In, kVec>&... in) {
+        Vec<Out, kVec> result;
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) result.at[v] = from_float<Out>(f(to_float(in.at[v])...));
+        *reinterpret_cast<Vec<Out, kVec>*>(out) = result;
+    }
+
+    template <int kVec, class Op, class F, class... In>
+    __device__ static void accumulate(float (&accumulators)[kVec], Op op, F f, const Vec<In, kVec>&... in) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) accumulators[v] = op(accumulators[v], f(to_float(in.at[v])...));
+    }
+
+    template <class Op>
+    __device__ float across_lanes(float value, Op op) {
+#pragma unroll
+        for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+            value = op(value, __shfl_down_sync(kAllLanes, value, distance));
+        }
+        value = __shfl_sync(kAllLanes, value, 0);
+        if constexpr (kLanes > kWarp) {
+            exchange(value);
+            value = partial<float>(0);
+            for (int warp = 1; warp < kLanes / kWarp; ++warp) value = op(value, partial<float>(warp));
+        }
+        return value;
+    }
+
+    // Shows the value of every warp to all of them; `partial` reads it until the next but one exchange.
+    template <class V>
+    __device__ void exchange(V value) {
+        turn_ ^= 1;
+        if (lane_ % kWarp == 0) *reinterpret_cast<V*>(&memory_.partials[turn_][lane_ / kWarp]) = value;
+        sync();
+    }
+
+    template <class V>
+    __device__ V partial(int warp) const {
+        return *reinterpret_cast<const V*>(&memory_.partials[turn_][warp]);
+    }
+
+    TeamMemory<kLanes>& memory_;
+    int lane_;
+    int turn_ = 0;
+};
+
+}  // namespace foveate

@@ -1,0 +1,41 @@
+// Runs a body over its rows: on the CPU's threads by HostRun, on a GPU by DeviceRun of common/run.cuh.
+//
+// A body is a struct that holds its arguments, with
+//   static constexpr int lanes;                                     lanes of the team that works on a row
+//   template <class Block> FOVEATE_FN void operator()(Block& block, std::int64_t row) const;
+#pragma once
+
+#include <cstdint>
+
+#include "common/block.h"
+
+namespace foveate {
+
+// Elements below which one thread is faster than waking others.
+constexpr std::int64_t kElementsPerThread = 1 << 14;
+
+template <int kLanes>
+using Lanes = std::integral_constant<int, kLanes>;
+
+// Where to run: on this processor, or on a stream (a cudaStream_t) of the current GPU.
+struct OnHost {};
+struct OnDevice {
+    std::uintptr_t stream;
+};
+
+// Runs bodies whose rows have row_elements elements each; a row never depends on another, so that the number
+// of threads changes no bit.
+struct HostRun {
+    std::int64_t row_elements;
+
+    template <class Body>
+    void operator()(const Body& body, std::int64_t rows) const {
+#pragma omp parallel for schedule(static) if (rows > 1 && rows * row_elements >= 2 * kElementsPerThread)
+        for (std::int64_t row = 0; row < rows; ++row) {
+            HostBlock<Body::lanes> block;
+            body(block, row);
+        }
+    }
+};
+
+}  // namespace foveate

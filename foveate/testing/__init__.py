@@ -1,0 +1,1 @@
+"""How kernels are proven: tolerances, inputs, poisoned memory, compilers, sanitizers. The package never imports it."""

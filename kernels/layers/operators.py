@@ -1,0 +1,73 @@
+"""`torch.ops.foveate.rms_norm` and its backward: one operator for all compiled backends, named by its last argument."""
+
+from __future__ import annotations
+
+import torch
+
+from foveate import _C
+from foveate.kernels.dispatch import stream_of
+from foveate.kernels.library import operator
+
+
+def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    out, scale = _fake_forward(x, weight, eps, backend)
+    if backend == "triton":
+        from foveate.kernels.layers import triton_kernel
+
+        triton_kernel.rms_norm(x, weight, eps, out, scale)
+    else:
+        _C.rms_norm(x, weight, eps, out, scale, stream_of(x))
+    return out, scale
+
+
+def _fake_forward(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    slabs = -(-len(x) // _C.RMS_NORM_GRADIENT_ROWS)
+    grad_x, partials = torch.empty_like(x), x.new_empty((slabs, x.shape[1]), dtype=torch.float32)
+    if backend == "triton":
+        from foveate.kernels.layers import triton_kernel
+
+        triton_kernel.rms_norm_backward(grad, x, weight, scale, grad_x, partials)
+    else:
+        _C.rms_norm_backward(grad, x, weight, scale, grad_x, partials, stream_of(x))
+    return grad_x, partials.sum(0).to(weight.dtype)
+
+
+def _fake_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, _, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _autograd(ctx, grad: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    x, weight, scale = ctx.saved_tensors
+    rows = [tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (grad, x)]
+    grad_x, grad_weight = rms_norm_backward(*rows, weight, scale.view(-1), ctx.backend)
+    return grad_x.view(x.shape), grad_weight, None, None
+
+
+# x: [A, B, D], any strides with a contiguous last dimension -> out [A, B, D], contiguous, and 1 / rms, float32 [A, B].
+rms_norm = operator(
+    "rms_norm(Tensor x, Tensor weight, float eps, str backend) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    save=_save,
+    backward=_autograd,
+)
+# grad, x: [N, D], contiguous; scale: float32 [N] -> gradients of x and weight.
+rms_norm_backward = operator(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, str backend) -> (Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)

@@ -1,0 +1,98 @@
+"""Which backend runs: the request, the environment, the best there; never another one than was asked for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from foveate import _C
+from foveate.kernels import dispatch
+from foveate.kernels.dispatch import available, choose, explain
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("FOVEATE_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    monkeypatch.setattr(_C, "CUDA_VERSION", "13.0")
+
+
+def test_best_backend_of_each_device(monkeypatch, with_cuda):
+    assert choose("layers") == choose("layers", device=CPU) == "cpp"
+    assert choose("layers", device=CUDA) == "cuda"
+    monkeypatch.setattr(_C, "CUDA_VERSION", None)
+    assert choose("layers", device=CUDA) == "triton"
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    assert choose("layers", device=CUDA) == "reference"
+
+
+def test_available(monkeypatch, with_cuda):
+    assert available("layers", CPU) == ("cpp", "reference")
+    assert available("layers", CUDA) == ("cuda", "triton", "reference")
+    assert available("policy_loss", CUDA) == ("reference",)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "triton" in available("layers", CPU)
+    assert choose("layers") == "cpp"  # the interpreter only where it is asked for
+    assert choose("layers", "triton") == "triton"
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "device", "reason"),
+    [
+        ("layers", "cuda", CPU, "it runs on CUDA tensors"),
+        ("layers", "cpp", CUDA, "it runs on CPU tensors"),
+        ("layers", "triton", CPU, "it runs on CUDA tensors"),
+        ("policy_loss", "triton", CUDA, "policy_loss has only reference"),
+        ("layers", "numpy", CPU, "the backends are reference, cpp, triton, cuda"),
+    ],
+)
+def test_a_request_never_falls_back(monkeypatch, with_cuda, family, backend, device, reason):
+    message = rf"expected a backend of {family} for {device}, got '{backend}': {reason}"
+    with pytest.raises(ValueError, match=rf"{message} \(backend\)"):
+        choose(family, backend, device)
+    monkeypatch.setenv("FOVEATE_BACKEND", backend)
+    with pytest.raises(ValueError, match=rf"{message} \(FOVEATE_BACKEND\)"):
+        choose(family, None, device)
+
+
+def test_extension_without_cuda(monkeypatch):
+    monkeypatch.setattr(_C, "CUDA_VERSION", None)
+    with pytest.raises(ValueError, match=r"foveate\._C was built without CUDA"):
+        choose("layers", "cuda", CUDA)
+
+
+def test_environment_and_its_rank(monkeypatch):
+    monkeypatch.setenv("FOVEATE_BACKEND", "reference")
+    assert choose("layers") == "reference"
+    assert choose("layers", "cpp") == "cpp"
+    monkeypatch.setenv("FOVEATE_BACKEND", "")
+    assert choose("layers") == "cpp"
+
+
+def test_backends_by_family(monkeypatch):
+    monkeypatch.setenv("FOVEATE_BACKEND", "layers=reference, sampling=reference")
+    assert choose("layers") == choose("sampling") == choose("policy_loss") == "reference"
+    assert choose("layers", "sampling=reference") == "cpp"  # nothing asked for layers
+    for wrong in ("layer=cpp", "layers=", "layers=cpp,triton"):
+        with pytest.raises(ValueError, match=r"expected family=backend.*\(backend\)"):
+            choose("layers", wrong)
+
+
+def test_explanations_name_what_is_missing(monkeypatch, with_cuda):
+    assert explain("layers", CPU) == "cpp, the best for cpu"
+    assert explain("policy_loss", CPU) == "reference (cpp: policy_loss has only reference)"
+    monkeypatch.setattr(_C, "CUDA_VERSION", None)
+    assert explain("layers", CUDA) == "triton (cuda: foveate._C was built without CUDA)"
+    monkeypatch.setenv("FOVEATE_BACKEND", "reference")
+    assert explain("layers", CPU) == "reference: FOVEATE_BACKEND asks for it"
+
+
+def test_unknown_family():
+    with pytest.raises(KeyError):
+        choose("layer")

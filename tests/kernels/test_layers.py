@@ -1,0 +1,241 @@
+"""`layers.rms_norm` on every backend: against float64 and transformers, forward and backward; `layers.linear`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.library import opcheck
+
+from foveate.kernels import layers
+from foveate.kernels.dispatch import available, interpreting
+from foveate.testing.cases import cases
+from foveate.testing.tolerance import assert_as_exact_as
+
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+DEVICES = ["cpu", CUDA]
+CASES = cases("layers.rms_norm")
+COMPILED = ("cpp", "triton", "cuda")
+
+
+def backends(device: str, dtype: torch.dtype | None = None) -> list[str]:
+    """Those that can run here. In Triton's interpreter bfloat16 is not to be trusted."""
+    skipped = {"triton"} if interpreting() and dtype == torch.bfloat16 else set()
+    return [name for name in available("layers", torch.device(device)) if name not in skipped]
+
+
+def home(backend: str) -> torch.device:
+    """The device on which a backend is tested: Triton's, without its interpreter, is a GPU."""
+    return torch.device("cuda" if backend == "triton" and not interpreting() else "cpu")
+
+
+def draw(case, device: str) -> dict:
+    return case.inputs(torch.Generator(device).manual_seed(0))
+
+
+def float64(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    x, weight = x.double(), weight.double()
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def gradients(function, x, weight, grad) -> tuple[torch.Tensor, torch.Tensor]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    return torch.autograd.grad(function(x, weight), (x, weight), grad)
+
+
+def test_this_run_proves_something():
+    assert len(CASES) > 40
+    assert {"cpp", "triton", "reference"} <= set(backends("cpu")) or torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_exact_as_torch(case, device):
+    inputs = draw(case, device)
+    exact, plain = float64(**inputs), layers.rms_norm(**inputs, backend="reference")
+    for backend in backends(device, case.dtype):
+        before = {name: value.clone() for name, value in inputs.items() if torch.is_tensor(value)}
+        out = layers.rms_norm(**inputs, backend=backend)
+        assert out.is_contiguous()
+        assert_as_exact_as(out, exact, plain)
+        assert all(torch.equal(inputs[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_as_exact_as_torch(case, device):
+    generator = torch.Generator(device).manual_seed(0)
+    compared = set(backends(device, case.dtype)) & set(COMPILED)
+    pooled: dict[str, list] = {backend: [] for backend in compared}
+    # The error of plain code on a handful of numbers is a matter of luck: small cases are pooled over many draws.
+    for _ in range(max(1, 40 // case.sizes["D"])):
+        inputs = case.inputs(generator)
+        x, weight, eps = (inputs[name] for name in ("x", "weight", "eps"))
+        grad = torch.randn(x.shape, device=device, generator=generator).to(case.dtype)
+        exact = gradients(lambda x, w, eps=eps: float64(x, w, eps), x.double(), weight.double(), grad.double())
+        for backend in compared:
+
+            def run(x, weight, backend: str, eps: float = eps) -> torch.Tensor:
+                return layers.rms_norm(x, weight, eps, backend=backend)
+
+            got = gradients(partial(run, backend=backend), x, weight, grad)
+            plain = gradients(partial(run, backend="reference"), x, weight, grad)
+            pooled[backend].append([*zip(got, exact, plain, strict=True)])
+    for draws in pooled.values():
+        for argument in range(2):  # x, weight
+            triple = [torch.stack(values) for values in zip(*(draw[argument] for draw in draws), strict=True)]
+            assert triple[0].dtype == case.dtype
+            assert_as_exact_as(*triple, cancels=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_reference_is_that_of_transformers(dtype):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    module = LlamaRMSNorm(129, eps=1e-5).to(dtype)
+    with torch.no_grad():
+        module.weight.copy_(torch.randn(129))
+        x = torch.randn(7, 129).to(dtype)
+        theirs = module(x)
+        exact = float64(x, module.weight, 1e-5)
+    assert_as_exact_as(layers.rms_norm(x, module.weight.detach(), 1e-5, backend="reference"), exact, theirs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dim", [48, 129, 1023, 1024, 2050])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_batch_changes_no_bit_of_a_row(device, dim, dtype):
+    x, grad = (torch.randn(9, dim, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(dim, device=device).to(dtype)
+    order = torch.randperm(9)
+    for backend in set(backends(device, dtype)) & set(COMPILED):
+
+        def run(
+            rows: torch.Tensor, upstream: torch.Tensor, backend: str = backend
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = rows.detach().requires_grad_()
+            out = layers.rms_norm(rows, weight, 1e-6, backend=backend)
+            return out.detach(), torch.autograd.grad(out, rows, upstream)[0]
+
+        together = run(x, grad)
+        shuffled = run(x[order], grad[order])
+        alone = [torch.cat(rows) for rows in zip(*(run(x[i : i + 1], grad[i : i + 1]) for i in range(9)), strict=True)]
+        for whole, mixed, single in zip(together, shuffled, alone, strict=True):
+            assert torch.equal(whole, single), backend
+            assert torch.equal(whole[order], mixed), backend
+
+
+def test_threads_change_no_bit():
+    x, weight = torch.randn(300, 700), torch.randn(700)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(layers.rms_norm(x, weight, 1e-6, backend="cpp"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cpp_and_cuda_give_the_same_bits(case):
+    inputs = draw(case, "cpu")
+    on_gpu = {name: value.cuda() if torch.is_tensor(value) else value for name, value in inputs.items()}
+    got = layers.rms_norm(**on_gpu, backend="cuda").cpu()
+    assert torch.equal(got, layers.rms_norm(**inputs, backend="cpp"))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_views_of_projections_are_read_where_they_lie(backend):
+    """Queries and keys are slices of one buffer [T, heads, head_dim]."""
+    qkv = torch.randn(5, 9, 24, device=home(backend))
+    weight = torch.randn(24, device=home(backend))
+    for part in (qkv[:, :4], qkv[:, 4:7], qkv[::2], qkv[:, :, :8]):
+        gain = weight[: part.shape[-1]]
+        expected = layers.rms_norm(part, gain, 1e-6, backend="reference")
+        torch.testing.assert_close(layers.rms_norm(part, gain, 1e-6, backend=backend), expected)
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 7), (2, 3, 7), (2, 3, 4, 7), (0, 7), (2, 0, 7)], ids=str)
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_any_number_of_dimensions(backend, shape):
+    x, weight = torch.randn(shape, device=home(backend)), torch.randn(7, device=home(backend))
+    out = layers.rms_norm(x, weight, 1e-6, backend=backend)
+    torch.testing.assert_close(out, layers.rms_norm(x, weight, 1e-6, backend="reference"))
+
+
+def test_nan_and_infinity_stay_in_their_row():
+    rows = torch.randn(4, 40)
+    rows[1, 3], rows[2, 5] = torch.nan, torch.inf
+    for backend in ("cpp", "triton"):
+        x = rows.to(home(backend))
+        out = layers.rms_norm(x, torch.ones_like(x[0]), 1e-6, backend=backend).cpu()
+        assert out[1].isnan().all()
+        assert torch.equal(out[2].isnan(), torch.arange(40) == 5)
+        assert out[[0, 3]].isfinite().all()
+
+
+def test_registered_as_an_operator():
+    x, weight = torch.randn(2, 3, 5, requires_grad=True), torch.randn(5, requires_grad=True)
+    opcheck(torch.ops.foveate.rms_norm.default, (x, weight, 1e-6, "cpp"))
+    rows, scale = torch.randn(70, 5), torch.rand(70)
+    opcheck(torch.ops.foveate.rms_norm_backward.default, (rows, rows, weight.detach(), scale, "cpp"))
+
+
+def test_compiles_without_a_graph_break():
+    x, weight = torch.randn(6, 33, requires_grad=True), torch.randn(33, requires_grad=True)
+
+    def loss(x, weight):
+        return layers.rms_norm(x * 2, weight, 1e-6, backend="cpp").square().sum()
+
+    expected = torch.autograd.grad(loss(x, weight), (x, weight))
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for got, want in zip(torch.autograd.grad(compiled(x, weight), (x, weight)), expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "message"),
+    [
+        (torch.zeros(2, 4), torch.zeros(3), r"expected \[4\] torch.float32 on cpu, got '\[3\] .*\(weight\)"),
+        (torch.zeros(2, 4), torch.zeros(4).half(), r"expected \[4\] torch.float32 on cpu, got .*float16.*\(weight\)"),
+        (torch.zeros(2, 4), torch.zeros(4, device="meta"), r"on cpu, got .*meta.*\(weight\)"),
+        (torch.zeros(2, 0), torch.zeros(0), r"expected \[..., D\] with D >= 1, got \[2, 0\] \(x\)"),
+        (torch.zeros(()), torch.zeros(()), r"expected \[..., D\] with D >= 1, got \[\] \(x\)"),
+        (torch.zeros(2, 4).double(), torch.zeros(4).double(), r"float32 or float16 or bfloat16.*got .* float64"),
+    ],
+)
+def test_what_does_not_fit_is_named(x, weight, message):
+    with pytest.raises(ValueError, match=message):
+        layers.rms_norm(x, weight, 1e-6, backend="cpp")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("rows", "out", "inner"), [(0, 8, 4), (1, 9, 5), (8, 8, 0), (8, 6, 7), (129, 12, 3), (2, 8202, 3)]
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_linear(threads, rows, out, inner, has_bias):
+    x, weight = torch.randn(rows, inner), torch.randn(out, inner)
+    bias = torch.randn(out) if has_bias else None
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = layers.linear(x, weight, bias)
+    finally:
+        torch.set_num_threads(before)
+    assert_as_exact_as(got, exact, F.linear(x, weight, bias))
+
+
+def test_linear_of_a_weight_that_is_a_view():
+    """A slice of a fused buffer is contiguous, a transposed one is not; both are read where they lie."""
+    x, buffer = torch.randn(3, 6), torch.randn(20, 6)
+    for weight in (buffer[4:12], torch.randn(6, 8).t(), buffer[::2]):
+        torch.testing.assert_close(layers.linear(x, weight), x @ weight.t())

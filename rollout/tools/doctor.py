@@ -10,7 +10,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -59,10 +61,10 @@ def examine() -> Iterator[Check]:
     devices = _devices()
     for device in devices:
         for family in dispatch.FAMILIES:
-            yield _guarded(f"backends on {device}", family, lambda f=family, d=device: dispatch.explain(f, d), ok=None)
+            yield _guarded(f"backends on {device}", family, partial(dispatch.explain, family, device), ok=None)
     for device in devices:
         for name, test in _SELF_TESTS.items():
-            yield _guarded(f"self-test on {device}", name, lambda t=test, d=device: _timed(t, d))
+            yield _guarded(f"self-test on {device}", name, partial(_timed, test, device))
 
 
 def _found() -> Iterator[Check]:
@@ -195,7 +197,7 @@ def _test_engine(device: torch.device) -> str:
     from foveate.rollout.testing import tiny_model
     from foveate.rollout.types import Request
 
-    model = tiny_model("llama").to(device)
+    model: Any = tiny_model("llama").to(device)
     prompt = torch.arange(1, 9)
     sampling_params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     engine = Engine(model, None, EngineConfig(kv_memory=1 << 22))

@@ -26,19 +26,23 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "sampling": ("reference",),
 }
 FAMILIES = tuple(_IMPLEMENTED)
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _CPU = torch.device("cpu")
 
 
-def choose(family: str, requested: str | None = None, device: torch.device = _CPU) -> str:
+def choose(
+    family: str, requested: str | None = None, device: torch.device = _CPU, dtype: torch.dtype = torch.float32
+) -> str:
     """Name of the backend that serves `family` on `device`: the requested one, FOVEATE_BACKEND, or the best there.
 
-    Raises ValueError, naming the family and what is missing, when the requested backend (by argument or by
-    FOVEATE_BACKEND) cannot run: an explicit request never falls back.
+    dtype: of the floating arguments; float64 is served by the reference alone. Raises ValueError, naming the family
+    and what is missing, when the requested backend (by argument or by FOVEATE_BACKEND) cannot run: an explicit
+    request never falls back.
     """
     backend, source = _requested(family, requested)
     if backend is None:
-        return _best(family, device)
-    missing = _why_not(family, backend, device)
+        return _best(family, device, dtype)
+    missing = _why_not(family, backend, device, dtype)
     if missing is not None:
         raise ValueError(f"expected a backend of {family} for {device}, got {backend!r}: {missing} ({source})")
     return backend
@@ -90,22 +94,24 @@ def _requested(family: str, requested: str | None) -> tuple[str | None, str]:
     return choices.get(family), source
 
 
-def _best(family: str, device: torch.device) -> str:
+def _best(family: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The interpreter is for proofs: on the CPU Triton only runs where it is asked for."""
     order = [b for b in _IMPLEMENTED[family] if b != "triton" or device.type == "cuda"]
-    return next(backend for backend in order if _missing(backend, device) is None)
+    return next(backend for backend in order if _missing(backend, device, dtype) is None)
 
 
-def _why_not(family: str, backend: str, device: torch.device) -> str | None:
+def _why_not(family: str, backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     if backend not in BACKENDS:
         return f"the backends are {', '.join(BACKENDS)}"
     if backend not in _IMPLEMENTED[family]:
         return f"{family} has only {', '.join(reversed(_IMPLEMENTED[family]))}"
-    return _missing(backend, device)
+    return _missing(backend, device, dtype)
 
 
-def _missing(backend: str, device: torch.device) -> str | None:
+def _missing(backend: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why `backend` cannot run on `device`; None if it can."""
+    if backend != "reference" and dtype not in KERNEL_DTYPES:
+        return f"it takes float32, float16 and bfloat16, not {dtype}"
     if backend == "cpp":
         return None if device.type == "cpu" else "it runs on CPU tensors"
     if backend == "cuda":

@@ -18,7 +18,7 @@ __all__ = ["linear", "rms_norm"]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str | None = None) -> torch.Tensor:
-    """x: float32, float16 or bfloat16 [..., D]. weight: [D], of the same dtype and device. Returns [..., D].
+    """x: float [..., D]. weight: float [D], of the same dtype and device. Returns [..., D], of that dtype.
 
     Differentiable in x and weight; gradients are summed in float32. backend: None chooses. Raises ValueError if shapes,
     dtypes or devices do not fit.
@@ -27,7 +27,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str 
     if not fits or x.shape[-1] == 0:
         require(x.dim() > 0 and x.shape[-1] > 0, "[..., D] with D >= 1", list(x.shape), "x")
         require(False, f"[{x.shape[-1]}] {x.dtype} on {x.device}", _kind(weight), "weight")
-    chosen = choose("layers", backend, x.device)
+    chosen = choose("layers", backend, x.device, x.dtype)
     if chosen == "reference":
         return reference.rms_norm(x, weight, eps)
     return operators.rms_norm(_as_rows(x), weight, eps, chosen)[0].view(x.shape)

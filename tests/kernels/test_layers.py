@@ -170,6 +170,11 @@ def test_any_number_of_dimensions(backend, shape):
     torch.testing.assert_close(out, layers.rms_norm(x, weight, 1e-6, backend="reference"))
 
 
+def test_double_precision_is_served_by_the_reference():
+    x, weight = torch.randn(3, 7).double(), torch.randn(7).double()
+    assert torch.equal(layers.rms_norm(x, weight, 1e-6), layers.rms_norm(x, weight, 1e-6, backend="reference"))
+
+
 def test_nan_and_infinity_stay_in_their_row():
     rows = torch.randn(4, 40)
     rows[1, 3], rows[2, 5] = torch.nan, torch.inf
@@ -208,7 +213,7 @@ def test_compiles_without_a_graph_break():
         (torch.zeros(2, 4), torch.zeros(4, device="meta"), r"on cpu, got .*meta.*\(weight\)"),
         (torch.zeros(2, 0), torch.zeros(0), r"expected \[..., D\] with D >= 1, got \[2, 0\] \(x\)"),
         (torch.zeros(()), torch.zeros(()), r"expected \[..., D\] with D >= 1, got \[\] \(x\)"),
-        (torch.zeros(2, 4).double(), torch.zeros(4).double(), r"float32 or float16 or bfloat16.*got .* float64"),
+        (torch.zeros(2, 4).double(), torch.zeros(4).double(), r"got 'cpp': it takes float32.*not torch.float64"),
     ],
 )
 def test_what_does_not_fit_is_named(x, weight, message):

@@ -24,7 +24,18 @@ from setuptools.command.build_ext import build_ext
 
 CPU_FLAGS = "-march=x86-64-v3" if platform.machine() == "x86_64" else ""
 # No contraction to fused multiply-adds, on either side: the CPU and the GPU compute the same bits.
-CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fopenmp", "-Wall", "-Wextra", "-fvisibility=hidden"]
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-ffp-contract=off",
+    "-fno-trapping-math",
+    "-fno-math-errno",
+    "-fopenmp",
+    "-Wall",
+    "-Wextra",
+    "-fvisibility=hidden",
+]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings", "-cudart", "static"]
 INCLUDE = ["csrc", "bindings"]
 CUDA_ARCHS = os.environ.get("FOVEATE_CUDA_ARCHS", "80 90a 100").replace(";", " ").split()

@@ -52,8 +52,10 @@ bool find_device(py::handle tensor, Device* device) {
 
 bool is_contiguous(const Tensor& tensor, std::size_t from_dim) {
     std::int64_t stride = 1;
+    for (const std::int64_t size : tensor.shape) {
+        if (size == 0) return true;
+    }
     for (std::size_t d = tensor.shape.size(); d-- > from_dim;) {
-        if (tensor.shape[d] == 0) return true;
         if (tensor.shape[d] != 1 && tensor.strides[d] != stride) return false;
         stride *= tensor.shape[d];
     }

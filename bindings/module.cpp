@@ -4,11 +4,12 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
-#if defined(__AVX2__)
-    if (!__builtin_cpu_supports("avx2")) {
+#if defined(__AVX2__) && defined(__FMA__)
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") ||
+        !__builtin_cpu_supports("bmi2")) {
         throw py::import_error(
-            "foveate._C was built for processors with AVX2, which this one lacks: install foveate "
-            "again with FOVEATE_CPU_FLAGS= (empty)");
+            "foveate._C was built for processors with AVX2, FMA and BMI2 (x86-64-v3), which this one lacks: "
+            "install foveate again with FOVEATE_CPU_FLAGS= (empty)");
     }
 #endif
     m.doc() = "Native parts of foveate: the page pool and the kernels on CPU and GPU.";
@@ -26,4 +27,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
     register_layers(m);
     register_pages(m);
+    register_sampling(m);
 }

@@ -5,3 +5,4 @@
 
 void register_layers(pybind11::module_& m);
 void register_pages(pybind11::module_& m);
+void register_sampling(pybind11::module_& m);

@@ -114,6 +114,7 @@ void rms_norm_backward(const RmsNormBackwardArguments& a, const Run& run) {
                 a.rows);
         };
         a.dim < kLongRow ? launch(Lanes<32>{}) : launch(Lanes<128>{});
+        if (!a.grad_weight) return;
         const RmsNormWeightGradient<T> weight{grad, x, a.scale, a.grad_weight, a.rows, a.dim};
         run(weight, weight.slabs() * weight.tiles());
     });

@@ -35,7 +35,7 @@ void rms_norm(const RmsNormArguments& arguments, OnHost);
 void rms_norm(const RmsNormArguments& arguments, OnDevice device);
 
 // The gradient of rms_norm with respect to x, and to weight as float [slabs, dim]: one sum for every
-// kGradientRows rows, row after row. grad, x, grad_x: [rows, dim], contiguous.
+// kGradientRows rows, row after row; grad_weight may be null. grad, x, grad_x: [rows, dim], contiguous.
 struct RmsNormBackwardArguments {
     DType dtype;  // of grad, x, weight and grad_x
     const void* grad;

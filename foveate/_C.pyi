@@ -13,6 +13,20 @@ def rms_norm(x: Any, weight: Any, eps: float, out: Any, scale: Any, stream: int 
 def rms_norm_backward(
     grad: Any, x: Any, weight: Any, scale: Any, grad_x: Any, grad_weight: Any, stream: int = 0
 ) -> None: ...
+def sample(
+    logits: Any,
+    temperature: Any,
+    top_k: Any | None,
+    top_p: Any | None,
+    min_p: Any | None,
+    seeds: Any | None,
+    steps: Any | None,
+    banned: Any | None,
+    given: Any | None,
+    token_ids: Any | None,
+    values: Any,
+    stream: int = 0,
+) -> None: ...
 
 class OutOfPages(RuntimeError):
     """Fewer pages are free than were asked for."""

@@ -23,7 +23,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "layers": ("cuda", "triton", "cpp", "reference"),
     "paged_attention": ("reference",),
     "policy_loss": ("reference",),
-    "sampling": ("reference",),
+    "sampling": ("cuda", "cpp", "reference"),
 }
 FAMILIES = tuple(_IMPLEMENTED)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,6 +63,14 @@ def explain(family: str, device: torch.device = _CPU) -> str:
     better = native[: native.index(chosen)] if chosen in native else native
     reasons = [f"{backend}: {_why_not(family, backend, device)}" for backend in better]
     return f"{chosen} ({'; '.join(reasons)})" if reasons else f"{chosen}, the best for {device.type}"
+
+
+def check_request(requested: str | None, argument: str = "backend") -> None:
+    """Raises ValueError unless `requested` is None, a backend, or "family=backend,family=backend"."""
+    for family in FAMILIES if requested is not None else ():
+        backend, _ = _requested(family, requested)
+        known = backend is None or backend in BACKENDS
+        require(known, f"one of {BACKENDS}, or family=backend of {FAMILIES}", requested, argument)
 
 
 def require(condition: bool, expected: str, got: object, argument: str) -> None:

@@ -1,19 +1,26 @@
 // A kernel's body is written once, as a template over a Block: one team of kLanes lanes that works on one
 // row. On a GPU the lanes are threads (common/device_block.cuh), on a CPU they are the turns of a loop
-// (HostBlock below).
+// (HostBlock).
 //
+// clang-format off
 // A Block offers:
 //
-//   map<T>(n, out, f, in...)           out[i] = f(in[i]...), in float, loaded and stored 16 bytes at a time
-//   reduce<T>(n, op, f, in...)         op over f(in[i]...); every lane gets the result
-//   exclusive_scan<I>(n, get, put)     put(i, get(0) + ... + get(i - 1)) in the integer type I; returns the
-//   sum for_each(n, f)                     f(i), i < n, in any order once(f)                            f(),
-//   on one lane sync()                             what any lane wrote before it, every lane of the team sees
-//   after it
+//   map<T>(n, out, f, in...)          out[i] = f(in[i]...), in float, loaded and stored 16 bytes at a time
+//   reduce<T>(n, op, f, in...)        op over f(in[i]...); every lane gets the result
+//   sums<T, K>(n, f, in...)           K sums at once: f(in[i]...) gives Values<K>, each added up as by reduce
+//   indexed_sums<K>(n, f)             the same of f(i), for n < 2^31, with V = 4
+//   exclusive_scan<I>(n, get, put)    put(i, get(0) + ... + get(i - 1)) in the integer type I; returns the sum
+//   for_each(n, f)                    f(i), i < n, in any order
+//   chunks(n, f)                      f(start, count) for runs of at most `chunk` neighbours, in any order
+//   combine(value, op)                op over the lanes' own values of 8 bytes; op is exact in any order
+//   add(counter, value)               counter += value, from any lane
+//   scratch<S>()                      the team's own memory: an S, uninitialised
+//   once(f)                           f(), on one lane
+//   sync()                            what any lane wrote before it, every lane of the team sees after it
+// clang-format on
 //
-// in... are pointers to rows of n elements (float, bf16, f16). T names the row that sets the width of an
-// access, V = 16 / sizeof(T) elements; rows that are not aligned to it are read one by one, with the same
-// result.
+// in... are pointers to rows of n elements (float, bf16, f16, bytes). T sets the width of an access, V = 16 /
+// sizeof(T) elements; rows that are not aligned to it are read one by one, with the same result.
 //
 // The order of a reduction is part of its definition, so that a row gives the same bits on every device,
 // alone and in any batch: element i goes to accumulator i mod (kLanes V), in ascending order, each beginning
@@ -45,6 +52,11 @@ struct Max {
     FOVEATE_FN float operator()(float a, float b) const { return a > b || a != a ? a : b; }
 };
 
+template <int K>
+struct Values {
+    float at[K];
+};
+
 // One team as a loop. The accumulators of a reduction lie side by side, so that the compiler vectorises over
 // them.
 template <int kLanes>
@@ -52,7 +64,9 @@ class HostBlock {
     static_assert(kLanes % kWarp == 0, "a team is made of whole warps");
 
   public:
-    static constexpr int lanes = kLanes;
+    static constexpr int lanes = kLanes, chunk = 64;
+
+    explicit HostBlock(void* scratch = nullptr) : scratch_(scratch) {}
 
     template <class T, class Out, class F, class... In>
     FOVEATE_FN void map(std::int64_t n, Out* out, F f, const In*... in) const {
@@ -72,19 +86,43 @@ class HostBlock {
         }
         for (int j = 0; start + j < n; ++j)
             accumulators[j] = op(accumulators[j], f(to_float(in[start + j])...));
-        float lane[kLanes];
-        for (int l = 0; l < kLanes; ++l) {
-            lane[l] = accumulators[l * kVec];
-            for (int v = 1; v < kVec; ++v) lane[l] = op(lane[l], accumulators[l * kVec + v]);
-        }
-        for (int warp = 0; warp < kLanes; warp += kWarp) {
-            for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-                for (int l = 0; l < distance; ++l)
-                    lane[warp + l] = op(lane[warp + l], lane[warp + l + distance]);
+        return total(accumulators, op, std::integral_constant<int, kVec>{});
+    }
+
+    template <class T, int K, class F, class... In>
+    FOVEATE_FN Values<K> sums(std::int64_t n, F f, const In*... in) const {
+        constexpr int kVec = 16 / static_cast<int>(sizeof(T)), kAll = kLanes * kVec;
+        float accumulators[K][kAll] = {};
+        for (std::int64_t start = 0; start < n; start += kAll) {
+            const int count = n - start < kAll ? static_cast<int>(n - start) : kAll;
+            for (int j = 0; j < count; ++j) {
+                const Values<K> values = f(to_float(in[start + j])...);
+                for (int k = 0; k < K; ++k) accumulators[k][j] += values.at[k];
             }
         }
-        float result = lane[0];
-        for (int warp = kWarp; warp < kLanes; warp += kWarp) result = op(result, lane[warp]);
+        Values<K> result;
+        for (int k = 0; k < K; ++k) {
+            result.at[k] = total(accumulators[k], Sum{}, std::integral_constant<int, kVec>{});
+        }
+        return result;
+    }
+
+    template <int K, class F>
+    FOVEATE_FN Values<K> indexed_sums(std::int64_t n, F f) const {
+        constexpr int kVec = 4, kAll = kLanes * kVec;
+        const int end = static_cast<int>(n);
+        float accumulators[K][kAll] = {};
+        for (int start = 0; start < end; start += kAll) {
+            const int count = end - start < kAll ? end - start : kAll;
+            for (int j = 0; j < count; ++j) {
+                const Values<K> values = f(start + j);
+                for (int k = 0; k < K; ++k) accumulators[k][j] += values.at[k];
+            }
+        }
+        Values<K> result;
+        for (int k = 0; k < K; ++k) {
+            result.at[k] = total(accumulators[k], Sum{}, std::integral_constant<int, kVec>{});
+        }
         return result;
     }
 
@@ -110,7 +148,53 @@ class HostBlock {
         f();
     }
 
+    template <class F>
+    FOVEATE_FN void chunks(std::int64_t n, F f) const {
+        for (std::int64_t start = 0; start < n; start += chunk) {
+            f(start, n - start < chunk ? static_cast<int>(n - start) : chunk);
+        }
+    }
+
+    template <class V, class Op>
+    FOVEATE_FN V combine(V value, Op) const {
+        return value;
+    }
+
+    template <class V>
+    FOVEATE_FN void add(V& counter, V value) const {
+        counter += value;
+    }
+
+    template <class S>
+    FOVEATE_FN S& scratch() const {
+        return *static_cast<S*>(scratch_);
+    }
+
     FOVEATE_FN void sync() const {}
+
+  private:
+    // The accumulators of a reduction as one: within a lane, a warp, across warps.
+    template <class Op, int kVec>
+    FOVEATE_FN static float total(const float (&accumulators)[kLanes * kVec], Op op,
+                                  std::integral_constant<int, kVec>) {
+        float lane[kLanes];
+        for (int l = 0; l < kLanes; ++l) {
+            lane[l] = accumulators[l * kVec];
+            for (int v = 1; v < kVec; ++v) lane[l] = op(lane[l], accumulators[l * kVec + v]);
+        }
+        for (int warp = 0; warp < kLanes; warp += kWarp) {
+            for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+                for (int l = 0; l < distance; ++l) {
+                    lane[warp + l] = op(lane[warp + l], lane[warp + l + distance]);
+                }
+            }
+        }
+        float result = lane[0];
+        for (int warp = kWarp; warp < kLanes; warp += kWarp) result = op(result, lane[warp]);
+        return result;
+    }
+
+    void* scratch_;
 };
 
 }  // namespace foveate

@@ -17,11 +17,13 @@ void check(cudaError_t error, const std::string& what) {
 
 DeviceGuard::DeviceGuard(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
-    if (device != before_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    if (device == before_) return;
+    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    changed_ = true;
 }
 
 DeviceGuard::~DeviceGuard() {
-    cudaSetDevice(before_);
+    if (changed_) cudaSetDevice(before_);
 }
 
 void check_launch(const char* kernel, std::int64_t blocks, int threads) {

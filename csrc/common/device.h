@@ -15,6 +15,7 @@ class DeviceGuard {
 
   private:
     int before_ = 0;
+    bool changed_ = false;
 };
 
 // Throws std::runtime_error that names the kernel, the error and the launch, if the last launch failed.

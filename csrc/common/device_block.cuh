@@ -16,9 +16,10 @@ class DeviceBlock {
     static_assert(kLanes % kWarp == 0, "a team is made of whole warps");
 
   public:
-    static constexpr int lanes = kLanes;
+    static constexpr int lanes = kLanes, chunk = 4;
 
-    __device__ DeviceBlock(TeamMemory<kLanes>& memory) : memory_(memory), lane_(threadIdx.x % kLanes) {}
+    __device__ DeviceBlock(TeamMemory<kLanes>& memory, void* scratch)
+        : memory_(memory), scratch_(scratch), lane_(threadIdx.x % kLanes) {}
 
     template <class T, class Out, class F, class... In>
     __device__ void map(std::int64_t n, Out* out, F f, const In*... in) const {
@@ -55,6 +56,66 @@ class DeviceBlock {
 #pragma unroll
         for (int v = 1; v < kVec; ++v) value = op(value, accumulators[v]);
         return across_lanes(value, op);
+    }
+
+    template <class T, int K, class F, class... In>
+    __device__ Values<K> sums(std::int64_t n, F f, const In*... in) {
+        constexpr int kVec = 16 / static_cast<int>(sizeof(T));
+        const bool whole = (aligned<kVec>(in) && ...);
+        float accumulators[K][kVec] = {};
+        for (std::int64_t i = lane_ * kVec; i < n; i += kLanes * kVec) {
+            if (whole && i + kVec <= n) {
+                add_values<kVec>(accumulators, f, load<kVec>(in + i)...);
+            } else {
+#pragma unroll
+                for (int v = 0; v < kVec; ++v) {
+                    if (i + v >= n) continue;
+                    const Values<K> values = f(to_float(in[i + v])...);
+                    for (int k = 0; k < K; ++k) accumulators[k][v] += values.at[k];
+                }
+            }
+        }
+        return totals(accumulators);
+    }
+
+    template <int K, class F>
+    __device__ Values<K> indexed_sums(std::int64_t n, F f) {
+        constexpr int kVec = 4;
+        const int end = static_cast<int>(n);
+        float accumulators[K][kVec] = {};
+        for (int i = lane_ * kVec; i < end; i += kLanes * kVec) {
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) {
+                if (i + v >= end) continue;
+                const Values<K> values = f(i + v);
+#pragma unroll
+                for (int k = 0; k < K; ++k) accumulators[k][v] += values.at[k];
+            }
+        }
+        return totals(accumulators);
+    }
+
+    template <class F>
+    __device__ void chunks(std::int64_t n, F f) const {
+        for (std::int64_t start = lane_ * chunk; start < n; start += kLanes * chunk) {
+            f(start, n - start < chunk ? static_cast<int>(n - start) : chunk);
+        }
+    }
+
+    template <class V, class Op>
+    __device__ V combine(V value, Op op) {
+        static_assert(sizeof(V) <= sizeof(std::uint64_t), "a value fits the team's memory");
+        return across_lanes(value, op);
+    }
+
+    template <class V>
+    __device__ void add(V& counter, V value) const {
+        atomicAdd(&counter, value);
+    }
+
+    template <class S>
+    __device__ S& scratch() const {
+        return *static_cast<S*>(scratch_);
     }
 
     template <class I, class Get, class Put>
@@ -131,8 +192,31 @@ class DeviceBlock {
         for (int v = 0; v < kVec; ++v) accumulators[v] = op(accumulators[v], f(to_float(in.at[v])...));
     }
 
-    template <class Op>
-    __device__ float across_lanes(float value, Op op) {
+    template <int kVec, int K, class F, class... In>
+    __device__ static void add_values(float (&accumulators)[K][kVec], F f, const Vec<In, kVec>&... in) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) {
+            const Values<K> values = f(to_float(in.at[v])...);
+#pragma unroll
+            for (int k = 0; k < K; ++k) accumulators[k][v] += values.at[k];
+        }
+    }
+
+    template <int kVec, int K>
+    __device__ Values<K> totals(const float (&accumulators)[K][kVec]) {
+        Values<K> result;
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            float value = accumulators[k][0];
+#pragma unroll
+            for (int v = 1; v < kVec; ++v) value += accumulators[k][v];
+            result.at[k] = across_lanes(value, Sum{});
+        }
+        return result;
+    }
+
+    template <class V, class Op>
+    __device__ V across_lanes(V value, Op op) {
 #pragma unroll
         for (int distance = kWarp / 2; distance > 0; distance /= 2) {
             value = op(value, __shfl_down_sync(kAllLanes, value, distance));
@@ -140,8 +224,8 @@ class DeviceBlock {
         value = __shfl_sync(kAllLanes, value, 0);
         if constexpr (kLanes > kWarp) {
             exchange(value);
-            value = partial<float>(0);
-            for (int warp = 1; warp < kLanes / kWarp; ++warp) value = op(value, partial<float>(warp));
+            value = partial<V>(0);
+            for (int warp = 1; warp < kLanes / kWarp; ++warp) value = op(value, partial<V>(warp));
         }
         return value;
     }
@@ -160,6 +244,7 @@ class DeviceBlock {
     }
 
     TeamMemory<kLanes>& memory_;
+    void* scratch_;
     int lane_;
     int turn_ = 0;
 };

@@ -1,8 +1,26 @@
 // What the same source needs to be compiled for a CPU and for a GPU.
 #pragma once
 
+// FOVEATE_NOINLINE: a function of its own on a CPU, where a loop that is inlined into a large body is not
+// vectorised.
 #if defined(__CUDACC__)
 #define FOVEATE_FN __host__ __device__ __forceinline__
+#define FOVEATE_NOINLINE __host__ __device__ __forceinline__
 #else
+#define FOVEATE_NOINLINE __attribute__((noinline))
 #define FOVEATE_FN inline __attribute__((always_inline))
+#endif
+
+// Before a loop whose turns are independent (but for `any |= ...`): on a CPU they run side by side in one
+// register.
+#if defined(__CUDA_ARCH__)
+#define FOVEATE_SIMD _Pragma("unroll")
+#define FOVEATE_SIMD_OR(any) _Pragma("unroll")
+#elif defined(__CUDACC__)
+#define FOVEATE_SIMD
+#define FOVEATE_SIMD_OR(any)
+#else
+#define FOVEATE_PRAGMA(text) _Pragma(#text)
+#define FOVEATE_SIMD _Pragma("omp simd")
+#define FOVEATE_SIMD_OR(any) FOVEATE_PRAGMA(omp simd reduction(| : any))
 #endif

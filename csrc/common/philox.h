@@ -27,4 +27,37 @@ FOVEATE_FN PhiloxWords philox4x32(PhiloxWords counter, std::uint64_t key) {
     return counter;
 }
 
+// Words of the counters (first + i, step, 0, 0), i < N: words[4 i + lane]. The rounds of all run side by
+// side.
+template <int N>
+FOVEATE_NOINLINE void philox_run(std::uint32_t first, std::uint32_t step, std::uint64_t key,
+                                 std::uint32_t (&words)[4 * N]) {
+    std::uint32_t c0[N], c1[N], c2[N], c3[N];
+    for (int i = 0; i < N; ++i) {
+        c0[i] = first + static_cast<std::uint32_t>(i);
+        c1[i] = step;
+        c2[i] = c3[i] = 0;
+    }
+    std::uint32_t key0 = static_cast<std::uint32_t>(key), key1 = static_cast<std::uint32_t>(key >> 32);
+    for (int round = 0; round < 10; ++round) {
+        FOVEATE_SIMD
+        for (int i = 0; i < N; ++i) {
+            const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * c0[i];
+            const std::uint64_t product1 = std::uint64_t{0xCD9E8D57u} * c2[i];
+            c0[i] = static_cast<std::uint32_t>(product1 >> 32) ^ c1[i] ^ key0;
+            c1[i] = static_cast<std::uint32_t>(product1);
+            c2[i] = static_cast<std::uint32_t>(product0 >> 32) ^ c3[i] ^ key1;
+            c3[i] = static_cast<std::uint32_t>(product0);
+        }
+        key0 += 0x9E3779B9u;
+        key1 += 0xBB67AE85u;
+    }
+    for (int i = 0; i < N; ++i) {
+        words[4 * i] = c0[i];
+        words[4 * i + 1] = c1[i];
+        words[4 * i + 2] = c2[i];
+        words[4 * i + 3] = c3[i];
+    }
+}
+
 }  // namespace foveate

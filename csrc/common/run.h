@@ -2,7 +2,8 @@
 //
 // A body is a struct that holds its arguments, with
 //   static constexpr int lanes;                                     lanes of the team that works on a row
-//   template <class Block> FOVEATE_FN void operator()(Block& block, std::int64_t row) const;
+//   struct Scratch;                                                 optional: the team's memory, `scratch` of
+//   a Block template <class Block> FOVEATE_FN void operator()(Block& block, std::int64_t row) const;
 #pragma once
 
 #include <cstdint>
@@ -23,6 +24,18 @@ struct OnDevice {
     std::uintptr_t stream;
 };
 
+struct NoScratch {};
+
+// Body::Scratch, or nothing.
+template <class Body, class = void>
+struct ScratchOf {
+    using type = NoScratch;
+};
+template <class Body>
+struct ScratchOf<Body, std::void_t<typename Body::Scratch>> {
+    using type = typename Body::Scratch;
+};
+
 // Runs bodies whose rows have row_elements elements each; a row never depends on another, so that the number
 // of threads changes no bit.
 struct HostRun {
@@ -32,7 +45,8 @@ struct HostRun {
     void operator()(const Body& body, std::int64_t rows) const {
 #pragma omp parallel for schedule(static) if (rows > 1 && rows * row_elements >= 2 * kElementsPerThread)
         for (std::int64_t row = 0; row < rows; ++row) {
-            HostBlock<Body::lanes> block;
+            typename ScratchOf<Body>::type scratch;
+            HostBlock<Body::lanes> block(&scratch);
             body(block, row);
         }
     }

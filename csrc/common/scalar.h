@@ -39,6 +39,10 @@ FOVEATE_FN float to_float(float value) {
     return value;
 }
 
+FOVEATE_FN float to_float(std::uint8_t value) {
+    return static_cast<float>(value);
+}
+
 FOVEATE_FN float to_float(bf16 value) {
     return bits_float(static_cast<std::uint32_t>(value.bits) << 16);
 }

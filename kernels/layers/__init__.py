@@ -3,7 +3,7 @@
     rms_norm(x) = x / sqrt(mean(x^2) + eps) * weight over the last dimension
 
 normalised in float32 and rounded to the dtype of x before the weight, as transformers' models do. A row gives the
-same bits alone and in any batch; "cpp" and "cuda" give the same bits as each other.
+same bits alone and in any batch, and so does its gradient; "cpp" and "cuda" are written to give the same ones.
 Source: Zhang & Sennrich, arXiv 1910.07467.
 """
 
@@ -16,12 +16,14 @@ from foveate.kernels.layers import operators, reference
 
 __all__ = ["linear", "rms_norm"]
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str | None = None) -> torch.Tensor:
     """x: float [..., D]. weight: float [D], of the same dtype and device. Returns [..., D], of that dtype.
 
-    Differentiable in x and weight; gradients are summed in float32. backend: None chooses. Raises ValueError if shapes,
-    dtypes or devices do not fit.
+    Differentiable in x and weight, once and in reverse mode; gradients are summed in float32. backend: None chooses.
+    Raises ValueError if shapes, dtypes or devices do not fit.
     """
     fits = x.dim() > 0 and weight.shape == x.shape[-1:] and weight.dtype == x.dtype and weight.device == x.device
     if not fits or x.shape[-1] == 0:
@@ -30,7 +32,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str 
     chosen = choose("layers", backend, x.device, x.dtype)
     if chosen == "reference":
         return reference.rms_norm(x, weight, eps)
-    return operators.rms_norm(_as_rows(x), weight, eps, chosen)[0].view(x.shape)
+    rows = _as_rows(x)
+    # Nothing to record and nothing that traces: the operator's wrappers would cost more than a short row.
+    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(rows) in _PLAIN
+    return (operators.forward if plain else operators.rms_norm)(rows, weight, eps, chosen)[0].view(x.shape)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -43,9 +48,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:
     """[A, B, D] with a contiguous last dimension; a copy only where no view of x is one."""
-    if x.dim() == 3 and (x.stride(-1) == 1 or x.shape[-1] == 1):
-        return x
-    return x.reshape(-1, 1, x.shape[-1]) if x.is_contiguous() else x.contiguous().view(-1, 1, x.shape[-1])
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        x = x.contiguous()
+    while x.dim() < 3:
+        x = x.unsqueeze(-2)
+    return x if x.dim() == 3 else x.flatten(0, -3)
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -9,7 +9,8 @@ from foveate.kernels.dispatch import stream_of
 from foveate.kernels.library import operator
 
 
-def _forward(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+def forward(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the operator runs; called by itself where nothing records or traces, it costs a third."""
     out, scale = _fake_forward(x, weight, eps, backend)
     if backend == "triton":
         from foveate.kernels.layers import triton_kernel
@@ -25,9 +26,9 @@ def _fake_forward(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: st
 
 
 def _backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, backend: str
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, with_weight: bool, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    slabs = -(-len(x) // _C.RMS_NORM_GRADIENT_ROWS)
+    slabs = -(-len(x) // _C.RMS_NORM_GRADIENT_ROWS) if with_weight else 0
     grad_x, partials = torch.empty_like(x), x.new_empty((slabs, x.shape[1]), dtype=torch.float32)
     if backend == "triton":
         from foveate.kernels.layers import triton_kernel
@@ -39,7 +40,7 @@ def _backward(
 
 
 def _fake_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, backend: str
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, with_weight: bool, backend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
@@ -53,21 +54,28 @@ def _save(ctx, inputs, output) -> None:
 def _autograd(ctx, grad: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor, None, None]:
     x, weight, scale = ctx.saved_tensors
     rows = [tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (grad, x)]
-    grad_x, grad_weight = rms_norm_backward(*rows, weight, scale.view(-1), ctx.backend)
-    return grad_x.view(x.shape), grad_weight, None, None
+    with_weight = ctx.needs_input_grad[1]
+    grad_x, grad_weight = rms_norm_backward(*rows, weight, scale.view(-1), with_weight, ctx.backend)
+    return grad_x.view(x.shape), grad_weight if with_weight else None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise NotImplementedError("rms_norm has first derivatives only; backend='reference' has all of them")
 
 
 # x: [A, B, D], any strides with a contiguous last dimension -> out [A, B, D], contiguous, and 1 / rms, float32 [A, B].
 rms_norm = operator(
     "rms_norm(Tensor x, Tensor weight, float eps, str backend) -> (Tensor, Tensor)",
-    _forward,
+    forward,
     _fake_forward,
     save=_save,
     backward=_autograd,
 )
-# grad, x: [N, D], contiguous; scale: float32 [N] -> gradients of x and weight.
+# grad, x: [N, D], contiguous; scale: float32 [N] -> gradients of x and weight (zeros unless with_weight).
 rms_norm_backward = operator(
-    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, str backend) -> (Tensor, Tensor)",
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scale, bool with_weight, str backend)"
+    " -> (Tensor, Tensor)",
     _backward,
     _fake_backward,
+    backward=_no_second_derivative,
 )

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 
 from foveate import _C
+from foveate.kernels.dispatch import require
 from foveate.kernels.targets import TritonTarget
 
 GRADIENT_ROWS = _C.RMS_NORM_GRADIENT_ROWS
 GRADIENT_COLUMNS = 128
+MAX_DIM = 16384
 
 
 @triton.jit
@@ -28,7 +30,7 @@ def rms_norm_kernel(
     start = row // inner * outer_stride + row % inner * inner_stride
     value = tl.load(x + start + column, mask=inside, other=0.0)
     single = value.to(tl.float32)
-    factor = 1.0 / tl.sqrt_rn(tl.sum(single * single, axis=0) / dim + eps)
+    factor = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(single * single, axis=0), dim.to(tl.float32)) + eps))
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     normed = (single * factor).to(value.dtype).to(tl.float32)
     tl.store(out + row * dim + column, (normed * gain).to(value.dtype), mask=inside)
@@ -45,7 +47,7 @@ def rms_norm_backward_kernel(grad, x, weight, scale, grad_x, dim, TILE: tl.const
     normed = value.to(tl.float32) * factor
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     product = tl.load(grad + row * dim + column, mask=inside, other=0.0).to(tl.float32) * gain
-    mean = tl.sum(product * normed, axis=0) / dim
+    mean = tl.div_rn(tl.sum(product * normed, axis=0), dim.to(tl.float32))
     tl.store(grad_x + row * dim + column, (factor * tl.fma(-normed, mean, product)).to(value.dtype), mask=inside)
 
 
@@ -68,7 +70,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tenso
     outer, inner, dim = x.shape
     if x.numel() == 0:
         return
-    tile = triton.next_power_of_2(dim)
+    tile = _tile(dim)
     with torch.cuda.device_of(x):
         rms_norm_kernel[(outer * inner,)](
             x, weight, out, scale, inner, x.stride(0), x.stride(1), dim, eps, TILE=tile, num_warps=_num_warps(tile)
@@ -87,13 +89,21 @@ def rms_norm_backward(
     rows, dim = x.shape
     if x.numel() == 0:
         return
-    tile = triton.next_power_of_2(dim)
+    tile = _tile(dim)
     with torch.cuda.device_of(x):
         rms_norm_backward_kernel[(rows,)](grad, x, weight, scale, grad_x, dim, TILE=tile, num_warps=_num_warps(tile))
+        if len(grad_weight) == 0:
+            return
         grid = (len(grad_weight), triton.cdiv(dim, GRADIENT_COLUMNS))
         rms_norm_weight_kernel[grid](
             grad, x, scale, grad_weight, rows, dim, ROWS=GRADIENT_ROWS, COLUMNS=GRADIENT_COLUMNS
         )
+
+
+def _tile(dim: int) -> int:
+    """ValueError for a row that would not fit the registers of one program."""
+    require(dim <= MAX_DIM, f"[..., D] with D <= {MAX_DIM} in Triton", dim, "x")
+    return triton.next_power_of_2(dim)
 
 
 def _num_warps(tile: int) -> int:
@@ -104,7 +114,7 @@ def _targets() -> list[TritonTarget]:
     targets = []
     for dtype in ("fp32", "fp16", "bf16"):
         pointers = {"x": f"*{dtype}", "weight": f"*{dtype}"}
-        for tile in (128, 2048, 4096):
+        for tile in (128, 2048, 4096, MAX_DIM):
             forward = {**pointers, "out": f"*{dtype}", "scale": "*fp32", "inner": "i32", "outer_stride": "i32"}
             forward |= {"inner_stride": "i32", "dim": "i32", "eps": "fp32"}
             backward = {"grad": f"*{dtype}", **pointers, "scale": "*fp32", "grad_x": f"*{dtype}", "dim": "i32"}

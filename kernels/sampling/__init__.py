@@ -32,9 +32,9 @@ from typing import NamedTuple
 
 import torch
 
-from foveate.kernels.dispatch import choose, require
+from foveate.kernels.dispatch import KERNEL_DTYPES, choose, require
 from foveate.kernels.layers import linear
-from foveate.kernels.sampling import reference
+from foveate.kernels.sampling import operators, reference
 from foveate.kernels.sampling.philox import request_seed, sample_seed
 
 __all__ = ["SampleOutput", "request_seed", "sample", "sample_from_hidden", "sample_seed", "score"]
@@ -79,14 +79,18 @@ def sample(
     steps: int64 [N] in [0, 2^32), tokens of the sample already drawn. banned: bool [V] or [N, V], True = never
     drawn. backend: None chooses. Raises ValueError on shapes, dtypes and values out of range.
     """
-    choose("sampling", backend, logits.device)
+    logits = _readable(logits)
+    chosen = choose("sampling", backend, logits.device)
     parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned)
     _check_rows(seeds, logits, "seeds")
     _check_rows(steps, logits, "steps")
     if steps.numel():
         low, high = (int(x) for x in steps.aminmax())
         require(low >= 0 and high < 2**32, "0 <= steps < 2^32", (low, high), "steps")
-    return SampleOutput(*reference.sample(logits, parameters, seeds, steps))
+    if chosen == "reference":
+        return SampleOutput(*reference.sample(logits, parameters, seeds, steps))
+    ids, values = operators.sample(_rows(logits), seeds, steps, *_tensors(parameters), chosen)
+    return SampleOutput(ids, *values.unbind())
 
 
 def sample_from_hidden(
@@ -143,13 +147,33 @@ def score(
     token_ids: int64 [N] in [0, V). A token outside the kept set still has its log-probability over the whole
     vocabulary. The other arguments and the errors are those of `sample`; rows that cannot be sampled give NaN.
     """
-    choose("sampling", backend, logits.device)
+    logits = _readable(logits)
+    chosen = choose("sampling", backend, logits.device)
     parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned)
     _check_rows(token_ids, logits, "token_ids")
     if token_ids.numel():
         low, high = (int(x) for x in token_ids.aminmax())
         require(low >= 0 and high < logits.shape[1], f"ids in [0, {logits.shape[1]})", (low, high), "token_ids")
-    return reference.score(logits, token_ids, parameters)
+    if chosen == "reference":
+        return reference.score(logits, token_ids, parameters)
+    return operators.score(_rows(logits), token_ids, *_tensors(parameters), chosen).unbind()
+
+
+def _readable(logits: torch.Tensor) -> torch.Tensor:
+    """Types that the kernels do not read, float64 above all, as float32."""
+    return logits.float() if logits.is_floating_point() and logits.dtype not in KERNEL_DTYPES else logits
+
+
+def _rows(logits: torch.Tensor) -> torch.Tensor:
+    """The logits with a contiguous last dimension, without a graph."""
+    logits = logits.detach()
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _tensors(p: reference.Parameters) -> tuple[torch.Tensor | None, ...]:
+    """temperature, top_k, top_p, min_p (None where no row filters), banned: as the operators take them."""
+    filters = (p.top_k, p.top_p, p.min_p) if p.filtered else (None, None, None)
+    return p.temperature, *filters, p.banned
 
 
 def _parameters(

@@ -243,12 +243,12 @@ def _top_p_count(
     first values (top-k comes before). With total = hi 2^24 + lo that is sum(w) >= P hi + ceil(P lo / 2^24), which
     stays below 2^63 for every vocabulary under 2^22.
     """
-    width = largest.shape[1]
+    width, vocab = largest.shape[1], values.shape[1]
     peak = largest[:, :1]
     position = torch.arange(1, width + 1, device=values.device)
     sums = _integer_weights(largest, peak).masked_fill_(position > limits[:, None], 0).cumsum(-1)
     total = sums[:, -1:].clone()
-    whole = (limits > width).nonzero()[:, 0]
+    whole = (limits >= vocab).nonzero()[:, 0] if width < vocab else limits[:0]
     if len(whole):
         total[whole] = _integer_weights(values[whole], peak[whole]).sum(-1, keepdim=True)
     share = (top_p.double() * 2**_TOP_P_BITS).floor().to(torch.int64)[:, None]
@@ -256,7 +256,8 @@ def _top_p_count(
     needed = share * (total >> _TOP_P_BITS) + ((share * low + 2**_TOP_P_BITS - 1) >> _TOP_P_BITS)
     count = (sums < needed).sum(-1) + 1
     count = torch.where(top_p < 1, count, limits)
-    reached = torch.where(count <= width, True, limits <= width)
+    # A total is known where top-k is off, or looks no further than `largest`.
+    reached = (limits <= width) | ((limits >= vocab) & (count <= width))
     return torch.minimum(count, limits), reached
 
 

@@ -15,6 +15,12 @@ F32 = np.float32
 TINY = -float(np.finfo(np.float32).tiny)
 
 
+@pytest.fixture(autouse=True, params=["reference", "cpp"])
+def backend(request, monkeypatch):
+    """Every test here runs on both."""
+    monkeypatch.setenv("FOVEATE_BACKEND", f"sampling={request.param}")
+
+
 def plain_word(seed, step, token):
     a, b, c, d = token // 4, step, 0, 0
     for i in range(10):

@@ -14,6 +14,12 @@ from foveate.kernels.sampling import philox, reference
 F32 = np.float32
 
 
+@pytest.fixture(autouse=True, params=["reference", "cpp"])
+def backend(request, monkeypatch):
+    """Every test here runs on both."""
+    monkeypatch.setenv("FOVEATE_BACKEND", f"sampling={request.param}")
+
+
 def sample(logits, **kwargs):
     logits = torch.as_tensor(logits)
     kwargs.setdefault("seeds", torch.arange(len(logits)))

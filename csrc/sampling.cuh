@@ -1,0 +1,398 @@
+// The body of `sample`, for any Block: one row, in a few passes over its logits.
+//
+// Top-k and top-p look for a value, not for an order: a radix selection over the bits of the float, eleven at
+// a time from the top, which counts ids (top-k) or adds up their integer weights (top-p), so that no
+// summation order matters. Ids that equal the value found are kept from the lowest on, as many as there is
+// room for.
+//
+// Gumbel-max: an id's noise is -log(-log u) <= -log(1 - u), so that an id whose bound does not reach the best
+// score so far needs no logarithm; a few dozen ids of a row do.
+#pragma once
+
+#include <cmath>
+
+#include "common/block.h"
+#include "common/math.h"
+#include "common/philox.h"
+#include "sampling.h"
+
+namespace foveate {
+
+// Larger floats have larger keys; -0 and +0 have the same.
+FOVEATE_FN std::uint32_t key_of(float value) {
+    const std::uint32_t bits = float_bits(value + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+FOVEATE_FN float value_of(std::uint32_t key) {
+    return bits_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+// The noise of a word of Philox, in fp32: finite for every word.
+FOVEATE_FN float gumbel(std::uint32_t word) {
+    const std::uint32_t complement = ~word;
+    const float e = complement < 0x80000000u ? -log1pf(-(static_cast<float>(complement) + 0.5f) * 0x1p-32f)
+                                             : -logf((static_cast<float>(word) + 0.5f) * 0x1p-32f);
+    return -logf(e);
+}
+
+// floor(e^x 2^40), x = z - z_max in fp32.
+FOVEATE_FN std::uint64_t integer_weight(float x) {
+    return x < -28.0f ? 0 : static_cast<std::uint64_t>(exp_double(static_cast<double>(x)) * 0x1p40);
+}
+
+struct Larger {
+    FOVEATE_FN std::uint64_t operator()(std::uint64_t a, std::uint64_t b) const { return a > b ? a : b; }
+};
+
+// What a row keeps: keys above `key`, that key up to the id last_tie, and nothing below `floor`.
+struct Cut {
+    std::uint32_t key = 0;
+    std::int32_t last_tie = 0x7FFFFFFF;
+    float floor = -std::numeric_limits<float>::infinity();
+};
+
+template <class T, int kLanes>
+struct SampleRow {
+    static constexpr int lanes = kLanes;
+    static constexpr int kResidentThreads = 512;
+    static constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
+    static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    static constexpr float kTiny = std::numeric_limits<float>::min(),
+                           kNaN = std::numeric_limits<float>::quiet_NaN();
+
+    struct Scratch {
+        unsigned long long bins[kBins];
+        unsigned long long before, found;  // weight above the digit that was found; its own
+        std::int64_t place;                // the digit, or an id
+    };
+
+    // A row's logits, temperature and bans.
+    template <bool kBans>
+    struct Row {
+        const T* logits;
+        const std::uint8_t* banned;
+        float divisor;
+        std::int64_t vocab;
+
+        FOVEATE_FN float scaled(float logit) const { return logit / divisor; }
+        FOVEATE_FN float at(std::int64_t i) const { return scaled(to_float(logits[i])); }
+        FOVEATE_FN bool is_banned(std::int64_t i) const {
+            if constexpr (kBans) return banned[i] != 0;
+            return false;
+        }
+        // -inf for an id that is banned.
+        FOVEATE_FN float allowed(std::int64_t i) const { return is_banned(i) ? -kInfinity : at(i); }
+    };
+
+    SampleArguments a;
+
+    template <class Block>
+    FOVEATE_FN void operator()(Block& block, std::int64_t r) const {
+        const T* logits = static_cast<const T*>(a.logits) + r * a.logits_stride;
+        const float divisor = a.temperature[r] == 0.0f ? 1.0f : a.temperature[r];
+        if (a.banned) {
+            run(block, Row<true>{logits, a.banned + r * a.banned_stride, divisor, a.vocab}, r);
+        } else {
+            run(block, Row<false>{logits, nullptr, divisor, a.vocab}, r);
+        }
+    }
+
+  private:
+    template <class Block, bool kBans>
+    FOVEATE_FN void run(Block& block, const Row<kBans>& row, std::int64_t r) const {
+        const float temperature = a.temperature[r];
+        const auto scale = [row](float logit) { return row.scaled(logit); };
+        const float peak = block.template reduce<float>(a.vocab, Max{}, scale, row.logits);
+        if (!(fabsf(peak) < kInfinity)) return refuse(block, r);
+        float allowed_peak = peak;
+        if constexpr (kBans) {
+            const auto allowed = [row](float logit, float ban) {
+                return ban != 0.0f ? -kInfinity : row.scaled(logit);
+            };
+            allowed_peak = block.template reduce<float>(a.vocab, Max{}, allowed, row.logits, row.banned);
+            if (allowed_peak == -kInfinity) return refuse(block, r);
+        }
+        const auto moments = [row, peak](float logit) {
+            const float centred = row.scaled(logit) - peak;
+            const float weight = exp_float(centred);
+            return Values<2>{{weight, (centred < -200.0f ? -200.0f : centred) * weight}};
+        };
+        const Values<2> sums = block.template sums<float, 2>(a.vocab, moments, row.logits);
+        const float total = sums.at[0], log_total = logf(total);
+
+        Cut cut;
+        bool filtered = false;
+        if (temperature > 0.0f) filtered = find_cut(block, row, r, allowed_peak, &cut);
+        const float log_kept =
+            filtered || kBans ? kept_mass(block, row, cut, peak, allowed_peak, total) : 0.0f;
+        const std::int64_t id = a.given ? a.given[r] : draw(block, row, r, cut, temperature, allowed_peak);
+        block.once([&] {
+            if (!a.given) a.token_ids[r] = id;
+            a.logprobs[r] = row.at(id) - peak - log_total;
+            a.log_kept[r] = log_kept;
+            a.entropy[r] = log_total - sums.at[1] / total;
+        });
+    }
+
+    template <class Block>
+    FOVEATE_FN void refuse(Block& block, std::int64_t r) const {
+        block.once([&] {
+            if (!a.given) a.token_ids[r] = -1;
+            a.logprobs[r] = a.log_kept[r] = a.entropy[r] = kNaN;
+        });
+    }
+
+    // Whether any filter is on; *cut is what it leaves.
+    template <class Block, bool kBans>
+    FOVEATE_FN bool find_cut(Block& block, const Row<kBans>& row, std::int64_t r, float peak,
+                             Cut* cut) const {
+        const std::int64_t top_k = a.top_k ? a.top_k[r] : 0;
+        const float top_p = a.top_p ? a.top_p[r] : 1.0f, min_p = a.min_p ? a.min_p[r] : 0.0f;
+        const auto one = [](float) { return std::uint64_t{1}; };
+        const auto weight = [peak](float z) { return integer_weight(z - peak); };
+        std::uint64_t ties_kept = 0;  // ids equal to cut->key that top-k keeps; 0 where top-k is off
+        if (top_k > 0 && top_k < row.vocab) {
+            const auto wanted = [top_k](std::uint64_t) { return static_cast<std::uint64_t>(top_k); };
+            const auto found = select(block, row, 0, wanted, one);
+            if (found.reached) {
+                cut->key = found.key;
+                ties_kept = static_cast<std::uint64_t>(top_k) - found.before;
+                cut->last_tie = last_of(block, row, cut->key, ties_kept, found.at_key);
+            }
+        }
+        if (top_p < 1.0f) narrow(block, row, top_p, ties_kept, weight, cut);
+        if (min_p > 0.0f) cut->floor = peak + static_cast<float>(log(static_cast<double>(min_p)));
+        return top_k > 0 || top_p < 1.0f || min_p > 0.0f;
+    }
+
+    // Top-p over what top-k left: the shortest prefix whose weight reaches the share.
+    template <class Block, bool kBans, class Weight>
+    FOVEATE_FN void narrow(Block& block, const Row<kBans>& row, float top_p, std::uint64_t ties_kept,
+                           Weight weight, Cut* cut) const {
+        const std::uint32_t limit = cut->key;
+        const std::uint64_t tie_weight = ties_kept ? weight(value_of(limit)) : 0;
+        const auto share =
+            static_cast<std::uint64_t>(static_cast<double>(top_p) * 16777216.0);  // floor(p 2^24)
+        const auto wanted = [=](std::uint64_t above) {
+            const std::uint64_t total = above + ties_kept * tie_weight;
+            const std::uint64_t high = total >> 24, low = total & 0xFFFFFFu;
+            const std::uint64_t needed = share * high + ((share * low + 0xFFFFFFu) >> 24);
+            return needed > 0 ? needed : std::uint64_t{1};
+        };
+        const auto found = select(block, row, limit, wanted, weight);
+        if (found.reached) {
+            const std::uint64_t each = weight(value_of(found.key));
+            const std::uint64_t kept = (found.needed - found.before + each - 1) / each;
+            cut->key = found.key;
+            cut->last_tie = last_of(block, row, found.key, kept, found.at_key / each);
+        } else if (ties_kept) {
+            const std::uint64_t kept = (found.needed - found.before + tie_weight - 1) / tie_weight;
+            if (kept < ties_kept) cut->last_tie = last_of(block, row, limit, kept, ties_kept);
+        }
+    }
+
+    struct Selected {
+        bool reached;  // whether the ids above the limit weigh what is needed
+        std::uint64_t needed;
+        std::uint32_t key;     // of the id that reaches it
+        std::uint64_t before;  // weight above that key; of all ids above the limit if it is not reached
+        std::uint64_t at_key;  // weight of the ids with that key
+    };
+
+    // The largest key such that the allowed ids with keys of at least it, but above `limit`, weigh what is
+    // needed: wanted(weight of all that are above `limit`).
+    template <class Block, bool kBans, class Wanted, class Weight>
+    FOVEATE_FN Selected select(Block& block, const Row<kBans>& row, std::uint32_t limit, Wanted wanted,
+                               Weight weight) const {
+        Scratch& memory = block.template scratch<Scratch>();
+        std::uint32_t prefix = 0;
+        std::uint64_t before = 0, needed = 0;
+        int shift = 32;
+        while (shift > 0) {
+            const int bits = shift > kDigitBits ? kDigitBits : shift, low = shift - bits, above = shift;
+            block.sync();
+            block.for_each(kBins, [&](std::int64_t bin) { memory.bins[bin] = 0; });
+            block.once([&] { memory.before = memory.found = 0, memory.place = 0; });
+            block.sync();
+            const std::uint32_t mask = above == 32 ? 0u : ~0u << (above & 31);
+            block.chunks(row.vocab, [&](std::int64_t start, int count) {
+                float z[Block::chunk];
+                std::uint32_t keys[Block::chunk];
+                std::int32_t inside[Block::chunk];
+                const auto first = static_cast<std::int32_t>(start);
+                if (!matching<Block::chunk>(row, limit, prefix, mask, first, count, z, keys, inside)) return;
+                for (int j = 0; j < count; ++j) {
+                    const unsigned long long w = inside[j] ? weight(z[j]) : 0;
+                    if (w) block.add(memory.bins[(keys[j] >> low) & ((1u << bits) - 1)], w);
+                }
+            });
+            block.sync();
+            const std::int64_t digits = std::int64_t{1} << bits;
+            const auto from_the_top = [&](std::int64_t i) { return memory.bins[digits - 1 - i]; };
+            if (shift == 32) {
+                const auto nowhere = [](std::int64_t, std::uint64_t) {};
+                const std::uint64_t all =
+                    block.template exclusive_scan<std::uint64_t>(digits, from_the_top, nowhere);
+                needed = wanted(all);
+                if (all < needed) return {false, needed, 0, all, 0};
+            }
+            // The digit at which the weight reaches what is needed.
+            block.template exclusive_scan<std::uint64_t>(
+                digits, from_the_top, [&](std::int64_t i, std::uint64_t sum) {
+                    const std::int64_t digit = digits - 1 - i;
+                    if (before + sum >= needed || before + sum + memory.bins[digit] < needed) return;
+                    memory.place = digit;
+                    memory.before = before + sum;
+                    memory.found = memory.bins[digit];
+                });
+            block.sync();
+            prefix |= static_cast<std::uint32_t>(memory.place) << low;
+            before = memory.before;
+            shift = low;
+        }
+        return {true, needed, prefix, before, memory.found};
+    }
+
+    // Which ids of a chunk have a key above the limit that begins with the prefix; whether any.
+    template <int kChunk, bool kBans>
+    FOVEATE_NOINLINE static bool matching(const Row<kBans>& row, std::uint32_t limit, std::uint32_t prefix,
+                                          std::uint32_t mask, std::int32_t first, int count,
+                                          float (&z)[kChunk], std::uint32_t (&keys)[kChunk],
+                                          std::int32_t (&inside)[kChunk]) {
+        const Row<kBans> r = row;
+        std::int32_t any = 0;
+        FOVEATE_SIMD_OR(any)
+        for (int j = 0; j < count; ++j) {
+            z[j] = r.allowed(first + j);
+            keys[j] = key_of(z[j]);
+            inside[j] =
+                ((keys[j] > limit) & (((keys[j] ^ prefix) & mask) == 0) & (z[j] > -kInfinity)) ? 1 : 0;
+            any |= inside[j];
+        }
+        return any != 0;
+    }
+
+    // The id of the n-th allowed one with this key, of which there are `count`.
+    template <class Block, bool kBans>
+    FOVEATE_FN std::int32_t last_of(Block& block, const Row<kBans>& row, std::uint32_t key, std::uint64_t n,
+                                    std::uint64_t count) const {
+        if (n >= count) return static_cast<std::int32_t>(row.vocab);
+        Scratch& memory = block.template scratch<Scratch>();
+        block.sync();
+        const auto is_tie = [&](std::int64_t i) { return std::uint64_t{key_of(row.allowed(i)) == key}; };
+        block.template exclusive_scan<std::uint64_t>(row.vocab, is_tie,
+                                                     [&](std::int64_t i, std::uint64_t before) {
+                                                         if (before + 1 == n && is_tie(i)) memory.place = i;
+                                                     });
+        block.sync();
+        return static_cast<std::int32_t>(memory.place);
+    }
+
+    FOVEATE_FN static bool keeps(const Cut& cut, float z, std::int32_t i) {
+        const std::uint32_t key = key_of(z);
+        return (z >= cut.floor) & (z > -kInfinity) &
+               ((key > cut.key) | ((key == cut.key) & (i <= cut.last_tie)));
+    }
+
+    // log of the share of the softmax that is kept; 0 if and only if no id of non-zero probability is lost.
+    // The smaller of the two masses counts, so that neither a tiny loss nor a tiny remainder is.
+    template <class Block, bool kBans>
+    FOVEATE_FN float kept_mass(Block& block, const Row<kBans>& row, const Cut& cut, float peak,
+                               float allowed_peak, float total) const {
+        const auto parts = [&](std::int32_t i) {
+            const float z = row.at(i);
+            const bool kept = !row.is_banned(i) & keeps(cut, z, i);
+            const float weight = exp_float(z - (kept ? allowed_peak : peak));
+            return Values<3>{
+                {kept ? 0.0f : weight, kept ? weight : 0.0f, !kept && z > -kInfinity ? 1.0f : 0.0f}};
+        };
+        const Values<3> sums = block.template indexed_sums<3>(row.vocab, parts);
+        const float share = sums.at[0] / total;
+        if (share > 0.5f) return allowed_peak - peak + (logf(sums.at[1]) - logf(total));
+        if (share >= kTiny) return log1pf(-share);
+        return sums.at[2] > 0.0f ? -kTiny : 0.0f;
+    }
+
+    // The largest score z + noise among what is kept, or the largest z at temperature 0; the lowest id of
+    // equals.
+    template <class Block, bool kBans>
+    FOVEATE_FN std::int64_t draw(Block& block, const Row<kBans>& row, std::int64_t r, const Cut& cut,
+                                 float temperature, float peak) const {
+        std::uint64_t best = 0;  // key of the score, then the complement of the id
+        const auto offer = [&best](float score, std::int32_t i) {
+            const std::uint64_t packed = std::uint64_t{key_of(score)} << 32 | static_cast<std::uint32_t>(~i);
+            const bool better = packed > best;
+            if (better) best = packed;
+            return better;
+        };
+        if (temperature == 0.0f) {
+            block.chunks(row.vocab, [&](std::int64_t start, int count) {
+                for (int j = 0; j < count; ++j)
+                    offer(row.allowed(start + j), static_cast<std::int32_t>(start) + j);
+            });
+        } else {
+            race(block, row, r, cut, peak, offer);
+        }
+        return static_cast<std::int32_t>(~static_cast<std::uint32_t>(block.combine(best, Larger{})));
+    }
+
+    // Which ids of a chunk may beat the bar; whether any.
+    template <int kChunk, bool kBans>
+    FOVEATE_NOINLINE static bool candidates(const Row<kBans>& row, const Cut& cut, float peak, float bar,
+                                            std::int32_t first, int count,
+                                            const std::uint32_t (&words)[kChunk],
+                                            std::int32_t (&may_win)[kChunk]) {
+        const Row<kBans> r = row;
+        const Cut c = cut;
+        std::int32_t any = 0;
+        FOVEATE_SIMD_OR(any)
+        for (int j = 0; j < count; ++j) {
+            const float z = r.allowed(first + j), p = exp_float(z - peak);
+            // 1 - u, not rounded up: a bound may only be too kind.
+            const float complement = static_cast<float>(static_cast<std::int32_t>(~words[j] >> 1)) * 0x1p-31f;
+            may_win[j] = (keeps(c, z, first + j) & (p > 0.0f) & (p >= complement * bar)) ? 1 : 0;
+            any |= may_win[j];
+        }
+        return any != 0;
+    }
+
+    template <class Block, bool kBans, class Offer>
+    FOVEATE_FN void race(Block& block, const Row<kBans>& row, std::int64_t r, const Cut& cut, float peak,
+                         Offer offer) const {
+        constexpr int kChunk = Block::chunk;
+        const auto step = static_cast<std::uint32_t>(a.steps[r]);
+        const auto seed = static_cast<std::uint64_t>(a.seeds[r]);
+        // Scores are rounded at their own magnitude, which can exceed that of the noise by far.
+        const float slack = (fabsf(peak) + 64.0f) * 0x1p-21f;
+        float bar =
+            0.0f;  // e^(best score - peak - slack): an id of probability p can win if p / (1 - u) reaches it
+        block.chunks(row.vocab, [&](std::int64_t start, int count) {
+            std::uint32_t words[kChunk];
+            philox_run<kChunk / 4>(static_cast<std::uint32_t>(start / 4), step, seed, words);
+            const auto first = static_cast<std::int32_t>(start);
+            std::int32_t may_win[kChunk];
+            if (!candidates<kChunk>(row, cut, peak, bar, first, count, words, may_win)) return;
+            for (int j = 0; j < count; ++j) {
+                if (!may_win[j]) continue;
+                const float score = row.at(first + j) + gumbel(words[j]);
+                if (offer(score, first + j)) bar = exp_float(score - peak - slack);
+            }
+        });
+    }
+};
+
+// Rows this long are worth a large thread block. It depends on the vocabulary alone, so that a batch changes
+// no bit.
+constexpr std::int64_t kLongVocabulary = 4096;
+
+// run(body, rows) for the launch of a kernel.
+template <class Run>
+void sample(const SampleArguments& a, const Run& run) {
+    with_float(a.dtype, [&](auto zero) {
+        using T = decltype(zero);
+        a.vocab < kLongVocabulary ? run(SampleRow<T, 128>{a}, a.rows) : run(SampleRow<T, 512>{a}, a.rows);
+    });
+}
+
+}  // namespace foveate

@@ -51,7 +51,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad: torch.Tensor, _) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+def _autograd(ctx, grad: torch.Tensor, _) -> tuple[torch.Tensor | None, ...]:
     x, weight, scale = ctx.saved_tensors
     rows = [tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (grad, x)]
     with_weight = ctx.needs_input_grad[1]

@@ -1,6 +1,6 @@
 """rms_norm, forward and with its backward, at the widths of real models: run as `python benchmarks/bench_layers.py`.
 
-Peers: torch.nn.functional.rms_norm, and on CUDA its compiled form at some shapes. Widths: 128 (q and k of a head), 2048
+Peers: torch.nn.functional.rms_norm, and on CUDA its compiled form at two shapes. Widths: 128 (q and k of a head), 2048
 and 3584 (hidden states of Qwen2.5-VL-3B and 7B). `rms_norm_with_backward` is one call of both; autograd's own work for
 it on the host is in the time on a CPU, and not in that of a captured graph.
 """
@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 from common import Options, backends_of, main
 from measurement import Measurement, as_exact_as
-from timing import Inputs, Run
+from samplers import Inputs, Run
 
 from foveate.kernels.layers import rms_norm
 
 KERNELS = ("rms_norm", "rms_norm_with_backward")
 EPS = 1e-6
 DTYPES = (torch.float32, torch.bfloat16)
-COMPILED_ROWS = (8, 8192)  # a compilation takes seconds
+COMPILED = ((8, 2048), (8192, 2048))  # rows and width; a compilation takes seconds
 
 
 def torch_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -53,8 +53,8 @@ def make_inputs(rows: int, dim: int, dtype: torch.dtype, grads: int, generator: 
     return draw(rows, dim), 1 + 0.1 * draw(dim), *(draw(rows, dim) for _ in range(grads))
 
 
-def peers_of(device: torch.device, dtype: torch.dtype, rows: int) -> dict[str, Run]:
-    if device.type != "cuda" or dtype != torch.bfloat16 or rows not in COMPILED_ROWS:
+def peers_of(device: torch.device, dtype: torch.dtype, rows: int, dim: int) -> dict[str, Run]:
+    if device.type != "cuda" or dtype != torch.bfloat16 or (rows, dim) not in COMPILED:
         return {"torch": torch_rms_norm}
     torch._dynamo.reset()  # one code object is compiled for a limited number of shapes
     return {"torch": torch_rms_norm, "torch.compile": torch.compile(torch_rms_norm, dynamic=False)}
@@ -72,7 +72,7 @@ def measurements(options: Options) -> Iterator[Measurement]:
     ours = {name: partial(rms_norm, eps=EPS, backend=name) for name in backends_of("layers", options.device)}
     for rows, dim in shapes(options):
         for dtype in DTYPES:
-            peers = peers_of(options.device, dtype, rows)
+            peers = peers_of(options.device, dtype, rows, dim)
             floor = floors.rms_norm(rows, dim, dtype.itemsize)
             yield Measurement(
                 kernel="rms_norm",

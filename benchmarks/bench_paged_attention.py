@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from common import Options, backends_of, main
 from measurement import Measurement, as_exact_as
-from timing import Inputs, Run
+from samplers import Inputs, Run
 
 from foveate.kernels import paged_attention
 from foveate.kernels.paged_attention import StepPlan

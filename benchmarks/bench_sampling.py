@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from common import Options, backends_of, main
 from measurement import Measurement, Results
-from timing import Inputs
+from samplers import Inputs
 
 from foveate.kernels import sampling
 

@@ -1,4 +1,4 @@
-"""Measures kernels: checked first, then timed beside their peers, and set against what this machine can do at best.
+"""Measures kernels: checked, timed beside their peers, checked again, and set against this machine's best.
 
 A benchmark lists its measurements and hands them to `main`, which writes one JSONL row for each backend:
 
@@ -11,8 +11,9 @@ A benchmark lists its measurements and hands them to `main`, which writes one JS
     host_syncs             by name, what made the host wait for the device in a burst of BURST calls; on the CPU, what
                            would on a GPU
     captured               the time is of a replayed CUDA graph; `unlike_peers` are those of which the contrary holds
+    tainted                it is not, because an earlier capture failed, after which a process can capture no more
 
-A kernel whose result is wrong has no row, and the exit status is 1.
+A kernel that raises, or whose result is wrong before or after it was timed, has no row, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +34,13 @@ from compare import compare, name_of, read_rows
 from host_syncs import watch
 from machine import Ceilings, environment, measure_ceilings
 from measurement import Measurement, verify
-from timing import FULL, QUICK, Inputs, Run, Timer, Timing, bytes_of
+from samplers import Inputs, Run, Sampler
+from timing import FULL, QUICK, Timer, Timing, bytes_of
 
 from foveate.kernels.dispatch import available
 
 BURST = 8
+PEER = "peer "  # before its name, which may be that of a backend
 CHECKS = 2  # fresh inputs each: one that a kernel remembers does not pass for another
 Row = dict[str, Any]
 
@@ -72,32 +76,60 @@ class Harness:
         """A row for each backend whose results are right."""
         fresh = partial(measurement.make_inputs, self.generator)
         checks = [fresh() for _ in range(CHECKS)]
-        backends = {n: run for n, run in measurement.backends.items() if self._passes(measurement, n, run, checks)}
+        backends = self._passing(measurement, measurement.backends, checks)
         if not backends:
             return []
-        peers = {
-            name: run
-            for name, run in measurement.peers.items()
-            if not measurement.check_peers or self._passes(measurement, name, run, checks, peer=True)
-        }
-        num_sets = self.timer.num_sets(bytes_of(checks[0]))
+        peers = measurement.peers
+        if measurement.check_peers:
+            peers = self._passing(measurement, peers, checks, peer=True)
+        num_sets = self.timer.num_sets(bytes_of(checks[0]) + measurement.floor.writes)
         input_sets = [*checks, *(fresh() for _ in range(num_sets - CHECKS))]
-        contenders = {**{f"peer {name}": run for name, run in peers.items()}, **backends}
-        syncs = {name: self._host_syncs(run, input_sets) for name, run in backends.items()}
-        eager = frozenset(name for name, found in syncs.items() if found)
-        timings = self.timer.measure(contenders, input_sets, eager=eager)
-        beside = {name: timings[f"peer {name}"] for name in peers}
-        return [self._row(measurement, name, timings[name], beside, syncs[name]) for name in backends]
+        originals = [measurement.original(inputs) for inputs in input_sets]
+        syncs: dict[str, dict[str, int]] = {}
+        for name, run in backends.items():
+            with self._refusing(measurement, name):
+                syncs[name] = self._host_syncs(run, input_sets)
+        contenders = {**{f"{PEER}{name}": run for name, run in peers.items()}, **{n: backends[n] for n in syncs}}
+        timings = self.timer.measure(
+            contenders,
+            input_sets,
+            eager=frozenset(name for name, found in syncs.items() if found),
+            check=partial(self._check_again, measurement, originals),
+            refuse=partial(self._refuse, measurement),
+        )
+        beside = {name: timings[f"{PEER}{name}"] for name in peers if f"{PEER}{name}" in timings}
+        return [self._row(measurement, name, timings[name], beside, syncs[name]) for name in syncs if name in timings]
 
-    def _passes(self, measurement: Measurement, name: str, run: Run, checks: Sequence[Inputs], peer=False) -> bool:
+    def _passing(
+        self, measurement: Measurement, runs: Mapping[str, Run], checks: Sequence[Inputs], peer: bool = False
+    ) -> dict[str, Run]:
+        passing = {}
+        for name, run in runs.items():
+            with self._refusing(measurement, name):
+                for inputs in checks:
+                    verify(measurement, run, inputs, peer=peer)
+                passing[name] = run
+        return passing
+
+    def _check_again(self, measurement: Measurement, originals: Sequence[Inputs], name: str, sampler: Sampler) -> None:
+        """Of every input set that was timed: who is right when it is checked may be lazy when it is timed."""
+        peer = name.startswith(PEER)
+        if peer and not measurement.check_peers:
+            return
+        for inputs, run in zip(originals, sampler.again(originals), strict=True):
+            verify(measurement, run, inputs, peer=peer, again=True)
+
+    @contextmanager
+    def _refusing(self, measurement: Measurement, name: str) -> Iterator[None]:
+        """One kernel that fails does not keep the others from being measured."""
         try:
-            for inputs in checks:
-                verify(measurement, run, inputs, peer=peer)
-        except Exception as error:  # one kernel that fails does not keep the others from being measured
-            kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-            self.refusals.append(f"{name_of(measurement.row(name))}: {kind}{error}")
-            return False
-        return True
+            yield
+        except Exception as error:
+            self._refuse(measurement, name, error)
+
+    def _refuse(self, measurement: Measurement, name: str, error: Exception) -> None:
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        self.refusals.append(f"{name_of(measurement.row(name.removeprefix(PEER)))}: {kind}{error}")
 
     def _host_syncs(self, run: Run, input_sets: Sequence[Inputs]) -> dict[str, int]:
         """In a burst; what a kernel prepares once, it has prepared when it was checked."""
@@ -126,6 +158,7 @@ class Harness:
             "unlike_peers": [peer for peer, other in peers.items() if other.captured != timing.captured],
             "host_syncs": {**syncs, **failed},
             "captured": timing.captured,
+            "tainted": timing.tainted,
             "quick": self.quick,
         }
 
@@ -135,6 +168,8 @@ def flags_of(row: Row) -> str:
     flags = ["FASTER THAN FLOOR"] if row["faster_than_floor"] else []
     if row["host_syncs"]:
         flags.append("host syncs: " + ", ".join(f"{name} {count}" for name, count in row["host_syncs"].items()))
+    if row["tainted"]:
+        flags.append("not captured, because the capture of an earlier one failed")
     flags += [f"{peer} is not timed in the same way" for peer in row["unlike_peers"]]
     return "; ".join(flags)
 

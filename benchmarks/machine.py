@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -31,11 +32,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with "-dirty" where files differ from it; "unknown" outside a checkout."""
+    """Short hash of the checkout, with "-dirty" where files differ from it; outside one FOVEATE_COMMIT or "unknown"."""
     git = ("git", "-C", str(ROOT))
     found = _output(*git, "rev-parse", "--short", "HEAD")
     if found is None:
-        return "unknown"
+        return os.environ.get("FOVEATE_COMMIT") or "unknown"
     # Rows that an earlier benchmark of the same run has appended do not count.
     changed = _output(*git, "status", "--porcelain", "--", ":/", ":!/benchmarks/results")
     return found + ("-dirty" if changed else "")

@@ -6,8 +6,13 @@ Time is moved by the kernels themselves, so that no result depends on how fast t
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import common
 import pytest
@@ -21,6 +26,9 @@ from timing import Effort, Timer
 
 CPU = torch.device("cpu")
 SIZE = 1000
+UNTIMED = common.CHECKS + BURST  # calls before the first one that is timed
+TIMED = 2 + 5  # two to warm up, five samples
+SETS = 8  # inputs and outputs together: four times the cache of the harness
 # 8,000 bytes at 10 GB/s: 0.8 us; 1,000 operations at 1 TFLOP/s are less.
 FLOOR, FLOOR_US = Floor(reads=4 * SIZE, writes=4 * SIZE, flops=SIZE), 0.8
 CEILINGS = Ceilings(copy_gb_s=10.0, read_gb_s=8.0, matmul_tflop_s=1.0)
@@ -89,7 +97,7 @@ def test_row_of_a_right_kernel(harness, clock):
     expected = {"kernel": "double", "backend": "cpp", "shape": {"n": SIZE}, "dtype": "float32"}
     expected |= {"us": 1.6, "us_p20": 1.6, "us_p80": 1.6, "gb_s": 5.0, "tflop_s": 0.0006, "floor_us": FLOOR_US}
     expected |= {"share_of_floor": 0.5, "faster_than_floor": False, "peer_us": {"torch": 4.0}, "ratio": {"torch": 2.5}}
-    expected |= {"host_syncs": {}, "captured": False, "unlike_peers": [], "quick": False}
+    expected |= {"host_syncs": {}, "captured": False, "tainted": False, "unlike_peers": [], "quick": False}
     assert row == expected
     assert not flags_of(row)
     assert "2.50x torch" in line_of(row)
@@ -136,6 +144,18 @@ def fails(x):
     raise RuntimeError("no such device function")
 
 
+def after(calls, later):
+    """Right as often as `calls`, then what `later` computes."""
+    numbers = itertools.count()
+    return lambda x: (doubled if next(numbers) < calls else later)(x)
+
+
+def half_the_work(x):
+    out = torch.empty_like(x)
+    out[: SIZE // 2] = 2 * x[: SIZE // 2]
+    return out
+
+
 WRONG = {
     "one wrong element": (one_wrong_element, r"1 of 1000 elements are wrong, the first at \(17,\)"),
     "one unwritten element": (one_unwritten_element, r"at \(17,\): got nan"),
@@ -147,6 +167,14 @@ WRONG = {
     "changed input": (changes_its_input, "input 0 was changed"),
     "remembered result": (remembers(), r"elements are wrong"),
     "failure": (fails, "RuntimeError: no such device function"),
+    "lazy after the checks": (after(common.CHECKS, half_the_work), "500 of 1000 elements are wrong"),
+    "lazy while it is timed": (after(UNTIMED, half_the_work), "500 of 1000 elements are wrong"),
+    "lazy in the last call": (
+        after(UNTIMED + TIMED + SETS - 1, half_the_work),
+        "500 of 1000 elements are wrong",
+    ),
+    "failure after the checks": (after(common.CHECKS, fails), "RuntimeError: no such device function"),
+    "failure while it is timed": (after(UNTIMED + 3, fails), "RuntimeError: no such device function"),
 }
 
 
@@ -192,6 +220,26 @@ def test_declared_changes_of_an_input_are_results(harness):
     assert harness.measure(measurement(backends={"cpp": double_in_place}, **declared))
     assert not harness.measure(measurement(backends={"cpp": lambda x: None}, **declared))
     assert len(harness.refusals) == 1
+
+    def absolute(x):
+        x.abs_()  # what was done before it became lazy is no result of the call that is checked
+
+    numbers = itertools.count()
+    lazy = {"cpp": lambda x: absolute(x) if next(numbers) < UNTIMED + SETS else None}
+    assert not harness.measure(measurement(backends=lazy, mutates=(0,), check=as_exact_as(torch.abs)))
+    assert len(harness.refusals) == 2
+
+
+def test_peer_that_is_lazy_or_fails_while_it_is_timed_is_no_peer(harness):
+    peers = {"lazy": after(0, half_the_work), "torch": doubled, "fails": after(1, fails)}
+    (row,) = harness.measure(measurement(peers=peers))
+    assert set(row["ratio"]) == {"torch"}
+    peers = {"lazy": after(common.CHECKS, half_the_work), "cpp": doubled, "fails": after(common.CHECKS, fails)}
+    (row,) = harness.measure(measurement(peers=peers))
+    assert set(row["ratio"]) == {"cpp"}
+    assert [refusal.split()[0] for refusal in harness.refusals] == [
+        f"double/{name}" for name in ("lazy", "fails", "fails", "lazy")
+    ]
 
 
 def test_wrong_peer_is_no_peer(harness, clock):
@@ -246,9 +294,9 @@ def test_timed_calls_rotate_among_fresh_inputs(harness):
         return doubled(x)
 
     harness.measure(measurement(backends={"cpp": looks}))
-    assert len(set(seen[-5:])) == 5
-    assert len(set(seen[common.CHECKS :])) == 8  # twice a cache of four sets
-    assert all(a != b for a, b in zip(seen[-6:], seen[-5:], strict=False))
+    assert len(set(seen[UNTIMED : UNTIMED + TIMED])) == TIMED
+    assert len(set(seen[common.CHECKS : UNTIMED + TIMED])) == SETS
+    assert len(seen) == UNTIMED + TIMED + SETS  # and each is checked again
 
 
 def one(options) -> list[Measurement]:
@@ -306,23 +354,11 @@ def test_output_appends_and_compare_reads_what_was_there_before(run, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_a_gpu():
-    device = torch.device("cuda")
-    generator_inputs = dict(make_inputs=lambda generator: (torch.randn(SIZE, generator=generator, device=device),))
-
-    def peeks(x):
-        return doubled(x) + 0 * x[0].item()
-
-    def waits_unseen(x):
-        torch.cuda.current_stream().query()  # not allowed while a graph is captured
-        return doubled(x)
-
-    backends = {"cuda": doubled, "triton": peeks, "cpp": waits_unseen}
-    captured, reading, unseen = Harness(Timer(device, timing.QUICK), CEILINGS).measure(
-        measurement(backends=backends, **generator_inputs)
+    """In a process of its own, which a failed capture spoils for the others."""
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(Path(common.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-P", str(here / "captures_on_gpu.py")]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=100
     )
-    assert captured["captured"]
-    assert not captured["host_syncs"]
-    assert not reading["captured"]
-    assert reading["host_syncs"]["aten._local_scalar_dense.default"] == BURST
-    assert not unseen["captured"]
-    assert "CUDA graph capture" in unseen["host_syncs"]
+    assert result.returncode == 0, result.stdout + result.stderr

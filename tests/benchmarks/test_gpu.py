@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import gpu
 import pytest
+import torch
+from common import Options
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +30,37 @@ def test_outcomes(tmp_path):
     assert (failed.status, failed.last_line) == ("failed", "why")
     assert (tmp_path / "tests_all.log").read_text() == "why\n"
     skipped = gpu.run(python("", tool="no-such-tool"), tmp_path, 60)
-    assert (skipped.status, skipped.last_line) == ("skipped", "no no-such-tool on the path")
+    assert (skipped.status, skipped.last_line) == ("skipped", "found no no-such-tool")
+
+
+def test_a_step_has_its_environment(tmp_path):
+    step = python("import os; print(os.environ['KEY'], os.environ['PYTHONUNBUFFERED'])")
+    assert gpu.run(dataclasses.replace(step, environment={"KEY": "value"}), tmp_path, 60).last_line == "value 1"
+    (memcheck,) = [step for step in gpu.steps(tmp_path, dry=False) if step.name == "kernels, memcheck"]
+    assert memcheck.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def test_tools_are_found_as_the_build_finds_nvcc(tmp_path, monkeypatch):
+    def executable(folder, name):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        path = tmp_path / folder / name
+        path.write_text("#!/bin/sh\necho this one\n")
+        path.chmod(0o755)
+        return str(path)
+
+    for name in ("NVCC", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    assert gpu.find_tool("no-such-tool") is None
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    below, tool = executable("cuda/bin", "nvcc"), executable("cuda/bin", "no-such-tool")
+    assert (gpu.find_tool("nvcc"), gpu.find_tool("no-such-tool")) == (below, tool)
+    step = gpu.Step("tool", ["no-such-tool"], 30, "no-such-tool")
+    assert gpu.run(step, tmp_path, 60).last_line == "this one"
+    on_path = executable("path", "nvcc")
+    assert gpu.find_tool("nvcc") == on_path
+    monkeypatch.setenv("NVCC", executable("named", "nvcc"))
+    assert gpu.find_tool("nvcc") == str(tmp_path / "named" / "nvcc")
 
 
 @pytest.mark.parametrize(("limit", "left"), [(1.0, 60.0), (60.0, 0.0)])
@@ -47,8 +82,25 @@ def test_a_failure_stops_nothing_and_is_the_exit_status(tmp_path, monkeypatch, c
         ("first", "passed"), ("second", "failed"), ("third", "passed"),
     ]  # fmt: skip
     assert "end" in capsys.readouterr().out.splitlines()[-1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(gpu.RESULTS)
+    with tarfile.open(tmp_path / "out" / "logs.tar.gz") as archive:
+        assert sorted(archive.getnames()) == ["logs", "logs/first.log", "logs/second.log", "logs/third.log"]
+        assert archive.extractfile("logs/third.log").read() == b"end\n"
     monkeypatch.setattr(gpu, "steps", lambda out, dry: done[::2])
+    (tmp_path / "out" / "rows.jsonl").write_text("of an earlier run")
     assert gpu.main(["--dry", "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "rows.jsonl").exists()
+
+
+def test_only_a_rehearsal_may_skip_a_step(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "steps", lambda out, dry: [python("", "blocks", tool="no-such-tool")])
+    monkeypatch.setattr(gpu, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(gpu, "gpu_chip", lambda: "90a")
+    assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0
+    assert not capsys.readouterr().err
+    assert gpu.main(["--out", str(tmp_path)]) == 1
+    expected = "blocks: skipped, which counts as a failure where there is a GPU\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_without_a_gpu_only_a_rehearsal(monkeypatch, capsys):
@@ -71,7 +123,26 @@ def test_the_limits_fit_into_eight_minutes(tmp_path):
     assert gpu.TOTAL_SECONDS <= 480 - 20  # what it takes to end
     benchmarks = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
     assert set(gpu.BENCHMARKS) == benchmarks - {"rollout"}  # whole rollouts are measured against transformers, on a CPU
-    assert len({step.name for step in gpu.steps(tmp_path, dry=False)}) == len(gpu.steps(tmp_path, dry=False))
+    names = [step.name for step in gpu.steps(tmp_path, dry=False)]
+    assert len(set(names)) == len(names)
+    benches, sanitizers = (
+        [place for place, name in enumerate(names) if wanted(name)]
+        for wanted in (lambda name: name.startswith("bench_"), lambda name: "check" in name)
+    )
+    assert max(benches) < min(sanitizers)
+    assert len(sanitizers) == len(gpu.SANITIZERS) + 1
+    for step in gpu.steps(tmp_path, dry=False):
+        if step.tool == gpu.SANITIZER:  # whose exit status is otherwise that of the program
+            assert int(step.command[step.command.index("--error-exitcode") + 1]) > 0
+
+
+@pytest.mark.parametrize("name", [name for name, pattern in gpu.BENCHMARKS.items() if pattern])
+def test_the_rows_that_fit_into_the_time_are_of_every_kernel(name):
+    script = importlib.import_module(f"bench_{name}")
+    for options in (Options(torch.device("cuda")), Options(torch.device("cpu"), quick=True)):
+        selected = dataclasses.replace(options, filter=gpu.BENCHMARKS[name])
+        rows = [m.row("cuda") for m in script.measurements(options)]
+        assert {row["kernel"] for row in rows if selected.selects(row)} == set(script.KERNELS)
 
 
 @pytest.mark.slow
@@ -87,5 +158,6 @@ def test_rehearsal(tmp_path):
     assert {"build", "doctor", "tests", "bench_layers"} <= {
         name for name, status in summary.items() if status == "passed"
     }
+    assert {path.name for path in tmp_path.iterdir()} == set(gpu.RESULTS)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {(row["kernel"], row["backend"]) for row in rows} >= {("rms_norm", "cpp"), ("rms_norm", "reference")}

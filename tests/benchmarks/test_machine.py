@@ -29,7 +29,10 @@ def test_commit(monkeypatch, tmp_path):
         pytest.skip("git is not installed")
     monkeypatch.setattr(machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("FOVEATE_COMMIT", raising=False)
     assert machine.commit() == "unknown"
+    monkeypatch.setenv("FOVEATE_COMMIT", "abc1234")
+    assert machine.commit() == "abc1234"
 
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=n", "-c", "user.email=e"]

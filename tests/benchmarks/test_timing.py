@@ -98,11 +98,37 @@ def test_contenders_take_turns(clock):
     assert "".join(order) == "aabb" + "ab" * 3  # warm-up of each, then in turn
 
 
+def test_a_contender_that_raises_keeps_no_other_from_being_timed(clock):
+    def contender(calls):
+        left = iter(range(calls))
+
+        def run():
+            next(left)  # StopIteration after so many
+            clock.advance(1.0)
+
+        return run
+
+    timer = Timer(CPU, Effort(samples=5, sample_seconds=0.0, total_seconds=1e9, min_samples=1), clock)
+    runs = {"at once": contender(0), "good": contender(100), "late": contender(4), "wrong": contender(100)}
+    refused = {}
+
+    def check(name, sampler):
+        assert name != "wrong", "half"
+
+    found = timer.measure(runs, [(), ()], check=check, refuse=refused.__setitem__)
+    assert list(found) == ["good"]
+    assert found["good"].samples == (1e6,) * 5
+    kinds = {name: type(error) for name, error in refused.items()}
+    assert kinds == {"at once": StopIteration, "late": StopIteration, "wrong": AssertionError}
+    with pytest.raises(StopIteration):
+        timer.measure({"at once": contender(0)}, [(), ()])
+
+
 def test_input_sets_exceed_the_cache(monkeypatch):
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 1000)
     timer = Timer(CPU)
-    assert timer.num_sets(100) == 20
-    assert timer.num_sets(300) == 7  # 7 * 300 is the first multiple not below 2000
+    assert timer.num_sets(100) == 40
+    assert timer.num_sets(300) == 14  # 14 * 300 is the first multiple not below 4000
     assert timer.num_sets(10**6) == timing.MIN_SETS == 2
     assert timer.num_sets(0) == timer.max_sets
     timer.max_bytes = 500

@@ -1,5 +1,6 @@
 // The GPU's Block and conversions against the host's, bit for bit. Needs a GPU; see block_check.cpp for the
 // host.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -22,12 +23,12 @@ void check(cudaError_t error) {
     expect(error == cudaSuccess, cudaGetErrorString(error));
 }
 
-// A vector's copy on the GPU for as long as it lives.
+// A vector's copy on the GPU for as long as it lives, of its exact size: memcheck sees an access beyond it.
 template <class V>
 class OnGpu {
   public:
     explicit OnGpu(const std::vector<V>& host) : bytes_(host.size() * sizeof(V)) {
-        check(cudaMalloc(&data_, bytes_ + 16));
+        check(cudaMalloc(&data_, std::max<std::size_t>(bytes_, 1)));
         check(cudaMemcpy(data_, host.data(), bytes_, cudaMemcpyHostToDevice));
     }
     ~OnGpu() { cudaFree(data_); }

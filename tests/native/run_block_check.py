@@ -8,12 +8,17 @@ from pathlib import Path
 
 import torch
 
+from foveate.testing.cuda_compile import find_nvcc
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(output: Path, chip: str) -> str:
-    """Compiles for one chip ("80", "90a"); returns what nvcc said, raises RuntimeError with it if it refused."""
-    command = ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings"]
+    """Compiles for one chip ("80", "90a"); returns what nvcc said, raises RuntimeError with it if it refused.
+
+    FileNotFoundError without nvcc.
+    """
+    command = [find_nvcc(), "-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings"]
     command += [f"-gencode=arch=compute_{chip},code=sm_{chip}", "-Xcompiler", "-ffp-contract=off,-Wall,-fopenmp"]
     command += [f"-I{ROOT / 'csrc'}", str(ROOT / "tests" / "native" / "block_check.cu")]
     command += [str(ROOT / "csrc" / "common" / "device.cu"), "-o", str(output)]

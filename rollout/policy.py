@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,13 +56,13 @@ def policy_logprobs(spec: ModelSpec, samples: Sequence[Sample]) -> LinearLogprob
             raise ValueError(f"expected a group without pruning, got a KeepPlan (request {sample.group.request_id!r})")
     batch = pad(samples, spec.lm_head.weight.device)
     embeds = spec.decoder.embed_tokens(batch.input_ids)
+    deepstack: dict[str, Any] = {}
     if spec.vision is not None:
-        embeds = _put_images(spec, embeds, batch, samples)
+        embeds, deepstack = _put_images(spec, embeds, batch, samples)
     # Explicit positions and mask: what the model would infer depends on the pad id and on its last generate().
-    positions = batch.positions if spec.mrope_section is not None else batch.positions[0]
-    hidden = spec.decoder(
-        inputs_embeds=embeds, attention_mask=batch.attention_mask, position_ids=positions, use_cache=False
-    ).last_hidden_state  # [B, L, hidden]
+    positions = batch.positions if spec.rope_planes is not None else batch.positions[0]
+    inputs = {"inputs_embeds": embeds, "attention_mask": batch.attention_mask, "position_ids": positions}
+    hidden = spec.decoder(**inputs, **deepstack, use_cache=False).last_hidden_state  # [B, L, hidden]
     chosen = hidden[batch.rows, batch.columns]  # [N, hidden]
     head = spec.lm_head
     return linear_logprobs(chosen, head.weight, batch.targets, temperature=batch.temperatures, bias=head.bias)
@@ -103,8 +104,13 @@ def micro_batches(samples: Sequence[Sample], size: int, tokens: int | None) -> I
         yield slice(start, len(samples))
 
 
-def _put_images(spec: ModelSpec, embeds: torch.Tensor, batch: PaddedBatch, samples: Sequence[Sample]) -> torch.Tensor:
-    """Replaces the prompts' image placeholders by the tower's output: one pass over the distinct groups."""
+def _put_images(
+    spec: ModelSpec, embeds: torch.Tensor, batch: PaddedBatch, samples: Sequence[Sample]
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Replaces the prompts' image placeholders by the tower's output: one pass over the distinct groups.
+
+    Returns the embeddings, and what a decoder that adds image features to its first layers' outputs takes for them.
+    """
     assert spec.vision is not None
     images = {
         id(s.group): (s.group.pixel_values, s.group.image_grid_thw)
@@ -112,7 +118,7 @@ def _put_images(spec: ModelSpec, embeds: torch.Tensor, batch: PaddedBatch, sampl
         if s.group.pixel_values is not None and s.group.image_grid_thw is not None
     }
     if not images:
-        return embeds
+        return embeds, {}
     pixels = torch.cat([pixels for pixels, _ in images.values()]).to(embeds.device)
     grids = torch.cat([grids for _, grids in images.values()]).to(embeds.device)
     features = iter(spec.vision.encode(pixels, grids))
@@ -121,4 +127,7 @@ def _put_images(spec: ModelSpec, embeds: torch.Tensor, batch: PaddedBatch, sampl
     # A policy may draw the placeholder's id itself: it then is an ordinary token of the completion.
     is_image = (batch.input_ids == spec.vision.image_token_id) & batch.is_prompt
     assert int(is_image.sum()) == len(rows), (int(is_image.sum()), len(rows))
-    return embeds.masked_scatter(is_image[..., None], rows)
+    embeds = embeds.masked_scatter(is_image[..., None], rows[:, 0])
+    if spec.vision.num_deepstack == 0:
+        return embeds, {}
+    return embeds, {"visual_pos_masks": is_image, "deepstack_visual_embeds": list(rows[:, 1:].unbind(1))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import jinja2
@@ -132,9 +133,12 @@ class PromptProcessor:
         # Copies: a caller may write to its tensors while the request waits.
         grids = torch.as_tensor(vision.image_grid_thw).to("cpu", torch.int64, copy=True)
         merge = self.vision.merge_size
-        if grids.dim() != 2 or grids.shape[1] != 3 or (grids < 1).any() or (grids[:, 1:] % merge).any():
-            expected = f"[images, 3] of positive patch counts, height and width multiples of {merge}"
-            raise ValueError(f"expected {expected}, got {grids.tolist()} (image_grid_thw)")
+        if grids.dim() != 2 or grids.shape[1] != 3:
+            raise ValueError(f"expected [images, 3], got {list(grids.shape)} (image_grid_thw)")
+        for index, grid in enumerate(grids):
+            if (grid < 1).any() or (grid[1:] % merge).any():
+                expected = f"positive patch counts, height and width multiples of {merge}"
+                raise ValueError(f"expected {expected}, got {grid.tolist()} (image_grid_thw of image {index})")
         pixels, patches = torch.as_tensor(vision.pixel_values).detach().clone(), grids.prod(-1)
         if pixels.dim() != 2 or pixels.shape != (int(patches.sum()), self.vision.patch_dim):
             expected = f"[{int(patches.sum())}, {self.vision.patch_dim}]"
@@ -170,10 +174,7 @@ class PromptProcessor:
             return []
         places = (ids == self.vision.image_token_id).nonzero().flatten().tolist()
         if len(places) != sum(tokens):
-            raise ValueError(
-                f"expected {sum(tokens)} image placeholders ({tokens} an image), got {len(places)} (prompt): "
-                "token ids must have their placeholders expanded"
-            )
+            raise ValueError(_miscounted(places, tokens))
         spans: list[tuple[int, int]] = []
         taken = 0
         for index, count in enumerate(tokens):
@@ -261,6 +262,18 @@ def _lift_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict], lis
             items.append(item)
         lifted.append({**message, "content": items})
     return lifted, images
+
+
+def _miscounted(places: list[int], tokens: list[int]) -> str:
+    """The first image whose placeholders, one run of `places` an image, are too few or too many."""
+    starts = [i for i, place in enumerate(places) if i == 0 or place != places[i - 1] + 1]
+    runs = [stop - start for start, stop in pairwise([*starts, len(places)])]
+    for index, count in enumerate(tokens):
+        found = runs[index] if index < len(runs) else 0
+        if found != count:
+            expected = f"expected {count} image placeholders for image {index}, got {found} (prompt)"
+            return f"{expected}: token ids must have their placeholders expanded, and a token between two images"
+    return f"expected placeholders for {len(tokens)} images, got more from {places[starts[len(tokens)]]} on (prompt)"
 
 
 def _is_integer(ids: np.ndarray | torch.Tensor) -> bool:

@@ -9,7 +9,10 @@ from torch import nn
 
 from foveate.rollout.processor import Processor
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen2_5_vl")
+TEXT_FAMILIES = ("llama", "qwen2", "qwen3")
+VISION_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = TEXT_FAMILIES + VISION_FAMILIES
+NAMES = ("Llama", "Qwen2", "Qwen3", "Qwen2VL", "Qwen2_5_VL", "Qwen3VL")  # in transformers' classes
 SPECIAL = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -44,7 +47,7 @@ def tiny_model(
     """
     import transformers as hf
 
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    name = NAMES[FAMILIES.index(family)]
     fields: dict[str, Any] = dict(
         vocab_size=VOCAB_SIZE,
         hidden_size=48,
@@ -54,52 +57,52 @@ def tiny_model(
         num_key_value_heads=2,
         max_position_embeddings=4096,
         initializer_range=0.2,
-        rope_parameters=rope,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=special_id("<|im_end|>"),
         pad_token_id=special_id("<|endoftext|>"),
     )
-    if family == "qwen3":
+    if family in ("qwen3", "qwen3_vl"):
         fields["head_dim"] = 16
+    if family == "qwen3_vl":  # what is added to images after the last layer is never read
+        fields["num_hidden_layers"] = 3
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if family == "qwen2_5_vl":
-            model = hf.Qwen2_5_VLForConditionalGeneration(_vl_config(fields, rope, vision or {}, text))
+        config_class = getattr(hf, f"{name}Config")
+        if family in VISION_FAMILIES:
+            config = _vl_config(config_class, {**fields, **text}, vision or {})
+            model = getattr(hf, f"{name}ForConditionalGeneration")(config)
         else:
-            name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[family]
-            config = getattr(hf, f"{name}Config")(**{**fields, **text})
-            model = getattr(hf, f"{name}ForCausalLM")(config)
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") or "norm" in name:  # zeros and ones would hide a dropped term
-                nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
+            model = getattr(hf, f"{name}ForCausalLM")(config_class(**{**fields, **text}))
+        _randomise(model)
     return model.to(dtype).eval()
 
 
-def _vl_config(fields: dict, rope: dict, vision: dict, text: dict):
-    import transformers as hf
+def _randomise(model: nn.Module) -> None:
+    """Zero biases and norms of one would hide a dropped term."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            nn.init.normal_(parameter, mean=float("norm" in name), std=0.2)
 
-    sizes = {**fields, **text}
-    head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
-    text_fields = {**fields, "rope_parameters": {**rope, "mrope_section": _mrope_section(head_dim)}, **text}
-    vision_fields = dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=48,
-        num_heads=2,
-        patch_size=14,
-        spatial_merge_size=2,
-        window_size=56,
-        fullatt_block_indexes=[1],
-        out_hidden_size=text_fields["hidden_size"],
-        initializer_range=0.2,
-    )
+
+def _vl_config(config: Any, fields: dict, vision: dict) -> Any:
+    head_dim = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+    rope = {"mrope_section": _mrope_section(head_dim), **fields["rope_parameters"]}
+    own = {
+        "qwen2_vl": {"embed_dim": 32, "hidden_size": fields["hidden_size"], "mlp_ratio": 2},
+        "qwen2_5_vl": {"window_size": 56, "fullatt_block_indexes": [1]},
+        "qwen3_vl": {"num_position_embeddings": 25, "deepstack_visual_indexes": [0, 1]},
+    }[config.model_type]
+    sizes = dict(depth=2, num_heads=2, patch_size=14, spatial_merge_size=2, initializer_range=0.2)
+    if config.model_type != "qwen2_vl":
+        sizes |= dict(hidden_size=32, intermediate_size=48, out_hidden_size=fields["hidden_size"])
     ids = {f"{name}_token_id": special_id(f"<|{name}_pad|>") for name in ("image", "video")}
     ids |= {f"vision_{end}_token_id": special_id(f"<|vision_{end}|>") for end in ("start", "end")}
-    return hf.Qwen2_5_VLConfig(
-        text_config=text_fields,
-        vision_config={**vision_fields, **vision},
-        tie_word_embeddings=text_fields["tie_word_embeddings"],
+    return config(
+        text_config={**fields, "rope_parameters": rope},
+        vision_config={**sizes, **own, **vision},
+        tie_word_embeddings=fields["tie_word_embeddings"],
         **ids,
     )
 

@@ -8,7 +8,7 @@ from transformers.activations import ACT2FN
 from foveate.kernels import paged_attention
 from foveate.kernels.layers import linear, rms_norm
 from foveate.kernels.paged_attention import StepPlan
-from foveate.rollout.models.spec import ModelSpec
+from foveate.rollout.models.spec import Deepstack, ModelSpec
 from foveate.rollout.models.weights import LayerWeights, Weights
 
 
@@ -21,6 +21,8 @@ class Decoder:
         self.backend = backend
         self.activation = ACT2FN[spec.activation]
         self.scale = spec.head_dim**-0.5
+        planes = spec.rope_planes
+        self.rope_planes = None if planes is None else torch.tensor(planes, device=weights.device)
 
     def __call__(
         self,
@@ -29,6 +31,7 @@ class Decoder:
         kv_pool: torch.Tensor,
         plan: StepPlan,
         decode: bool,
+        deepstack: Deepstack | None = None,
     ) -> torch.Tensor:
         """hidden: float [T, hidden]. positions: int64 [3, T].
 
@@ -44,6 +47,8 @@ class Decoder:
             mixed = attention(q, keys, values, plan, scale=self.scale, backend=self.backend)
             hidden = hidden + linear(mixed.flatten(1), *layer.o)
             hidden = hidden + self.mlp(self.norm(hidden, layer.post_norm, layer.eps), layer)
+            if deepstack is not None and index < len(deepstack.levels):
+                hidden[deepstack.rows] += deepstack.levels[index]
         return self.norm(hidden, self.weights.norm, self.weights.eps)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -75,13 +80,8 @@ class Decoder:
         """int64 [3, T] -> cos, signed sin [T, 1, head_dim], for `rotate`. Frequencies are the module's own buffer."""
         module = self.spec.decoder.rotary_emb
         frequencies = module.inv_freq.float()  # [head_dim / 2]
-        if self.spec.mrope_section is None:
-            angles = positions[0, :, None].float() * frequencies
-        else:
-            # Frequencies are dealt out to the planes in consecutive sections.
-            planes = positions.float()[..., None] * frequencies  # [3, T, head_dim / 2]
-            parts = planes.split(list(self.spec.mrope_section), dim=-1)
-            angles = torch.cat([part[plane] for plane, part in enumerate(parts)], dim=-1)
+        planes = positions[:1] if self.rope_planes is None else positions[self.rope_planes]  # [1 or head_dim / 2, T]
+        angles = planes.t().float() * frequencies  # [T, head_dim / 2]
         cos, sin = angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return cos[:, None].to(dtype), sin[:, None].to(dtype)

@@ -17,9 +17,10 @@ STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 class VisionSpec:
     """The vision tower and the ids and positions that go with it.
 
-    encode: (pixel_values, image_grid_thw) -> one float [tokens, hidden] an image. positions: (ids int64 [P],
-    image_grid_thw) -> (int64 [3, P], position of the next token). merge_size: patches merged in each
-    direction. pad_ids: ids that stand for vision in a prompt and that a policy must not draw.
+    encode: (pixel_values, image_grid_thw) -> one float [tokens, 1 + num_deepstack, hidden] an image, in memory of its
+    own: what takes the placeholders' place, then what is added after each of the first num_deepstack decoder layers.
+    positions: (ids int64 [P], image_grid_thw) -> (int64 [3, P], position of the next token). merge_size: patches
+    merged in each direction. pad_ids: ids that stand for vision in a prompt and that a policy must not draw.
     """
 
     tower: Any
@@ -30,6 +31,18 @@ class VisionSpec:
     pad_ids: tuple[int, ...]
     merge_size: int
     patch_dim: int
+    num_deepstack: int = 0
+
+
+@dataclass(frozen=True)
+class Deepstack:
+    """Image features that are added after the first decoder layers.
+
+    rows: int64 [K], tokens of the step. levels: float [levels, K, hidden], level l is added after layer l.
+    """
+
+    rows: torch.Tensor
+    levels: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -37,8 +50,8 @@ class ModelSpec:
     """A transformers causal language model, taken apart. The modules stay the model's own.
 
     Their attributes are known to transformers alone, hence Any.
-    decoder: the module with embed_tokens, layers, norm and rotary_emb. mrope_section: how many rotary
-    frequencies follow the time, height and width positions; None for one-dimensional positions.
+    decoder: the module with embed_tokens, layers, norm and rotary_emb. rope_planes: head_dim / 2 entries, which
+    position each rotary frequency follows (0 time, 1 height, 2 width); None for one-dimensional positions.
     """
 
     model: Any
@@ -51,7 +64,7 @@ class ModelSpec:
     vocab_size: int
     max_context: int
     activation: str
-    mrope_section: tuple[int, int, int] | None = None
+    rope_planes: tuple[int, ...] | None = None
     vision: VisionSpec | None = None
 
     @property
@@ -71,13 +84,17 @@ def text_spec(model: Any, decoder: Any, config: Any, **extra: Any) -> ModelSpec:
         raise ValueError(f"expected rope_type one of {STATIC_ROPE}, got {rope_type!r} (rope_parameters)")
     if not isinstance(model.lm_head, nn.Linear):
         raise ValueError(f"expected a plain torch.nn.Linear, got {type(model.lm_head).__name__} (lm_head)")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    planes = extra.get("rope_planes")
+    if planes is not None and len(planes) != head_dim // 2:
+        raise ValueError(f"expected parts that sum to {head_dim // 2}, got {len(planes)} (mrope_section)")
     return ModelSpec(
         model=model,
         decoder=decoder,
         lm_head=model.lm_head,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim,
         hidden_size=config.hidden_size,
         vocab_size=model.lm_head.weight.shape[0],
         max_context=config.max_position_embeddings,

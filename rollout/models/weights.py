@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from foveate.rollout.models.adapters import AdaptedLinears, Linear, find_adapter, require_no_hooks
+from foveate.rollout.models.names import resolve_name
 from foveate.rollout.models.spec import ModelSpec
-
-Linear = tuple[torch.Tensor, torch.Tensor | None]  # weight [out, in], bias [out]
 
 # Keyed by the module that owns the parts (self_attn, mlp) and the parts' kind. The buffers live as long as
 # the module: a second engine on it adopts them, and parameters stay valid when engines go.
@@ -43,8 +43,9 @@ class LayerWeights:
 class Weights:
     """What the decoder reads.
 
-    shares: True if these are the module's own parameters, False if a shadow in another dtype that `refresh`
-    fills. Raises ValueError naming the module for a projection that is not a plain `nn.Linear`.
+    shares: True if these are the module's own parameters, False if some are a shadow that `refresh` fills: in another
+    dtype, or of an adapter's projections (`foveate.rollout.models.adapters`). Raises ValueError naming the module for
+    a projection that is neither a plain `nn.Linear` nor of a registered type.
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype | None, fuse: bool):
@@ -52,7 +53,7 @@ class Weights:
         self.fuse = fuse
         self.device = spec.lm_head.weight.device
         self.dtype = dtype or spec.lm_head.weight.dtype
-        self.shares = self.dtype == spec.lm_head.weight.dtype
+        self._in_place = self.dtype == spec.lm_head.weight.dtype
         self._shadow: dict[int, torch.Tensor] = {}  # id of a parameter -> its copy in self.dtype
         self._shadow_buffers: dict[nn.Module, dict[str, torch.Tensor]] = {}
         self._table: list[tuple[nn.Module, str, nn.Parameter, int]] = []
@@ -68,12 +69,14 @@ class Weights:
         self._places: list[tuple[dict, str, nn.Module | None]] = []  # empty until all is read, see check
         self._known = {id(param): pointer for _, _, param, pointer in self._table}
         self._reading: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._adapted = AdaptedLinears(self.dtype, self.device)
         self.embed = self._tensor(decoder.embed_tokens, "weight")
         self.layers = [self._layer(layer) for layer in decoder.layers]
         self.norm, self.eps = self._tensor(decoder.norm, "weight"), decoder.norm.variance_epsilon
         self.lm_head, self.lm_head_bias = self._linear(model.lm_head)
         # Fusing moves parameters, so the addresses are taken when all are in place.
-        self._table = [(owner, name, param, param.data_ptr()) for owner, name, param in self._reading]
+        watched = [*self._reading, *self._adapted.parameters]
+        self._table = [(owner, name, param, param.data_ptr()) for owner, name, param in watched]
         # Who stands where: a wrapper put around a projection later must not go unnoticed.
         self._places = [(parent._modules, *slot) for parent in decoder.modules() for slot in parent._modules.items()]
         self._places.append((model._modules, "lm_head", model.lm_head))
@@ -96,6 +99,7 @@ class Weights:
                 for owner, name, param, pointer in self._table
             )
             or any(module._forward_hooks or module._forward_pre_hooks for module, *_ in self._table)
+            or self._adapted.has_hooks
         )
         if moved:
             self.adopt()
@@ -104,9 +108,11 @@ class Weights:
     @torch.no_grad()
     def refresh(self) -> None:
         """Fills the shadow from the module's parameters; nothing to do when they are shared."""
+        self._torn = True
         for _, _, param, _ in self._table:
             if (copy := self._shadow.get(id(param))) is not None:
                 copy.copy_(param)
+        self._adapted.refresh()
         self._torn = False
 
     def match(
@@ -146,6 +152,7 @@ class Weights:
         for param in params:
             if id(param) in matched:
                 self._shadow.get(id(param), param).copy_(matched[id(param)])
+        self._adapted.refresh()
         self._torn = was_torn and len(matched) < len(params)
 
     def changes_tower(self, matched: Mapping[int, torch.Tensor], said: bool | None) -> bool:
@@ -160,14 +167,18 @@ class Weights:
         return said
 
     @property
+    def shares(self) -> bool:
+        return self._in_place and not self._adapted
+
+    @property
     def shadow_bytes(self) -> int:
         """Bytes the engine owns for copies of parameters."""
-        return sum(copy.nbytes for copy in self._shadow.values())
+        return sum(copy.nbytes for copy in self._shadow.values()) + self._adapted.num_bytes
 
     @property
     def shared_bytes(self) -> int:
         """Bytes of the decoder parameters that the engine reads in place."""
-        return sum({id(p): p.nbytes for _, _, p, _ in self._table}.values()) if self.shares else 0
+        return sum({id(p): p.nbytes for _, _, p in self._reading}.values()) if self._in_place else 0
 
     def _layer(self, layer: Any) -> LayerWeights:
         attention, mlp = layer.self_attn, layer.mlp
@@ -185,12 +196,14 @@ class Weights:
         )
 
     def _linear(self, module: nn.Module) -> Linear:
+        if find_adapter(module) is not None:
+            return self._adapted.add(module, self._names[id(module)])
         self._require_plain(module)
         bias = None if module.bias is None else self._tensor(module, "bias")
         return self._tensor(module, "weight"), bias
 
     def _fused(self, owner: nn.Module, kind: str, parts: list[nn.Linear]) -> list[Linear]:
-        if not self.fuse:
+        if not self.fuse or any(find_adapter(part) is not None for part in parts):
             return [self._linear(part) for part in parts]
         for part in parts:
             self._require_plain(part)
@@ -207,16 +220,16 @@ class Weights:
         params = [self._register(part, name) for part in parts]
         rows = [param.shape[0] for param in params]
         shape = (sum(rows), *params[0].shape[1:])
-        buffers = (_FUSED if self.shares else self._shadow_buffers).setdefault(owner, {})
+        buffers = (_FUSED if self._in_place else self._shadow_buffers).setdefault(owner, {})
         buffer = buffers.get(kind)
-        if self.shares and buffer is not None:
+        if self._in_place and buffer is not None:
             # Where one part moved away, its old memory still belongs to whoever moved it: never write there.
             here = [part.data_ptr() for part in buffer.split(rows)] if buffer.shape[0] == shape[0] else []
             buffer = buffer if here == [param.data_ptr() for param in params] else None
         if buffer is None or (buffer.shape, buffer.dtype, buffer.device) != (shape, self.dtype, self.device):
             buffer = buffers[kind] = torch.empty(shape, dtype=self.dtype, device=self.device)
         for param, part in zip(params, buffer.split(rows), strict=True):
-            if not self.shares:
+            if not self._in_place:
                 self._fill(param, part)
             elif param.data_ptr() != part.data_ptr():
                 part.copy_(param)
@@ -232,7 +245,7 @@ class Weights:
 
     def _tensor(self, owner: nn.Module, name: str) -> torch.Tensor:
         param = self._register(owner, name)
-        if self.shares:
+        if self._in_place:
             return param
         copy = self._shadow.get(id(param))
         if copy is None:
@@ -244,7 +257,7 @@ class Weights:
         if type(param) is not nn.Parameter or not param.is_floating_point():
             got = f"{type(param).__name__} {getattr(param, 'dtype', '')}".strip()
             raise ValueError(f"expected a plain floating nn.Parameter, got {got} ({full})")
-        if param.device != self.device or (self.shares and param.dtype != self.dtype):
+        if param.device != self.device or (self._in_place and param.dtype != self.dtype):
             expected, got = f"{self.dtype} on {self.device}", f"{param.dtype} on {param.device}"
             raise ValueError(f"expected {expected}, got {got} ({full})")
         self._reading.append((owner, name, param))
@@ -255,21 +268,4 @@ class Weights:
         if type(module) is not nn.Linear or is_parametrized(module):
             kind = "a parametrised" if is_parametrized(module) else f"{type(module).__module__}.{type(module).__name__}"
             raise ValueError(f"expected a plain torch.nn.Linear, got {kind} ({name})")
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-            raise ValueError(f"expected a torch.nn.Linear without forward hooks, got one with hooks ({name})")
-
-
-def resolve_name(name: str, params: Mapping[str, object]) -> str:
-    """The module's own name of a parameter, for names of transformers 4.x and 5.x; ValueError if unknown."""
-    aliases = [name, f"model.{name}"]
-    for old, new in (
-        ("model.", "model.language_model."),
-        ("language_model.model.", "model.language_model."),
-        ("language_model.lm_head.", "lm_head."),
-    ):
-        if name.startswith(old):
-            aliases.append(new + name[len(old) :])
-    for alias in aliases:
-        if alias in params:
-            return alias
-    raise ValueError(f"expected the name of a parameter of the model, got {name!r} (update_weights)")
+        require_no_hooks(module, name)

@@ -1,8 +1,12 @@
-"""Independent truth for the engine's tests: transformers' own `generate` and plain forward, and small inputs."""
+"""Independent truth for the engine's tests: transformers' own `generate` and plain forward, small inputs, a server."""
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Callable, Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +16,7 @@ from torch import nn
 
 from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
+from foveate.rollout.rewards import LabelGrammar
 from foveate.rollout.testing import tiny_model, tiny_processor
 from foveate.rollout.types import Request, Rollout, RolloutGroup
 
@@ -146,3 +151,113 @@ def banned_by_default() -> Callable[[Engine], list[int]]:
         return sorted(pads | set(range(size, engine.spec.vocab_size)))
 
     return ids
+
+
+class ChatServer:
+    """A real server of chat completions on a free port, with faults.
+
+    respond(payload, number of the request) returns an object with any of: content (of the completion), body (raw
+    bytes instead), status, headers, delay (seconds), drop ("before" | "headers" | "body": where the connection ends),
+    hang (no answer), trickle (an answer that never ends). requests: what came. most_open: requests at one time.
+    """
+
+    def __init__(self, respond: Callable[[dict, int], Any]):
+        self.respond, self.requests, self.most_open = respond, [], 0
+        self._lock, self._open, self._stopping, self._port = threading.Lock(), 0, threading.Event(), 0
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._port}/v1"
+
+    def start(self) -> None:
+        chat = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                chat._serve(self)
+
+            def log_message(self, *_: Any) -> None:
+                """Says nothing."""
+
+        self._stopping.clear()
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Handler)
+        self._server.daemon_threads = True
+        self._port = self._server.server_port
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+        payload = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
+        with self._lock:
+            number = len(self.requests)
+            headers = {name.lower(): value for name, value in handler.headers.items()}
+            self.requests.append(SimpleNamespace(path=handler.path, headers=headers, payload=payload))
+            self._open += 1
+            self.most_open = max(self.most_open, self._open)
+        try:
+            answer = self.respond(payload, number)
+            self._stopping.wait(getattr(answer, "delay", 0) or (60 if hasattr(answer, "hang") else 0))
+        finally:
+            with self._lock:
+                self._open -= 1
+        self._write(handler, answer)
+
+    def _write(self, handler: BaseHTTPRequestHandler, answer: Any) -> None:
+        drop = getattr(answer, "drop", None)
+        completion = {"choices": [{"message": {"role": "assistant", "content": getattr(answer, "content", "")}}]}
+        body = getattr(answer, "body", json.dumps(completion).encode())
+        handler.close_connection = True
+        if drop == "before" or hasattr(answer, "hang"):
+            return
+        handler.send_response(getattr(answer, "status", 200))
+        if drop == "headers":
+            handler.flush_headers()
+            return
+        for name, value in getattr(answer, "headers", {}).items():
+            handler.send_header(name, value)
+        handler.send_header("content-length", str(10**6 if hasattr(answer, "trickle") else len(body)))
+        handler.end_headers()
+        try:
+            while hasattr(answer, "trickle") and not self._stopping.wait(0.05):
+                handler.wfile.write(b" ")
+            handler.wfile.write(body[: len(body) // 2] if drop == "body" else body)
+        except OSError:
+            pass  # the client went away
+
+
+@pytest.fixture
+def chat_server() -> Iterable[Callable[[Callable], ChatServer]]:
+    """chat_server(respond): a started `ChatServer`."""
+    servers: list[ChatServer] = []
+
+    def make(respond: Callable[[dict, int], Any]) -> ChatServer:
+        servers.append(ChatServer(respond))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+def _honest(messages: list[dict[str, str]], **more: Any) -> SimpleNamespace:
+    question = json.loads(messages[-1]["content"])
+    values: dict[str, set[str]] = {}
+    for subject, value in LabelGrammar().statements(question["text"]):
+        values.setdefault(subject, set()).add(value)
+    verdicts = []
+    for fact in question["facts"]:
+        found = values.get(fact["subject"])
+        verdict = "absent" if not found else "stated" if found == {fact["value"]} else "contradicted"
+        verdicts.append({"id": fact["id"], "verdict": verdict})
+    return SimpleNamespace(content=json.dumps({"verdicts": verdicts}), **more)
+
+
+@pytest.fixture
+def honest() -> Callable[..., SimpleNamespace]:
+    """(messages, ...) -> the right answer to a judge's question, by the grammar of labelled values."""
+    return _honest

@@ -324,27 +324,6 @@ REFUSED = {
         "expected one placeholder an image, got 1 for 0 images",
     ),
     "image without placeholder": (dict(prompt="a", vision=ONE_IMAGE), "got 0 for 1 images (prompt)"),
-    "one placeholder in ids": (
-        dict(prompt=[1, PAD], vision=ONE_IMAGE),
-        "expected 6 image placeholders ([6] an image), got 1 (prompt): token ids must have their placeholders expanded",
-    ),
-    "gap": (
-        dict(prompt=[PAD] * 5 + [1, PAD], vision=ONE_IMAGE),
-        "expected 6 adjacent placeholders, got a gap (image 0)",
-    ),
-    "no gap": (
-        dict(prompt=[PAD] * 7, vision=vision_inputs((1, 4, 6), (1, 2, 2))),
-        "expected a token between two images, got none before image 1 (prompt)",
-    ),
-    "odd grid": (
-        dict(prompt=[PAD], vision=vision_inputs((1, 4, 3))),
-        "expected [images, 3] of positive patch counts, height and width multiples of 2, got [[1, 4, 3]]",
-    ),
-    "zero grid": (dict(prompt=[PAD], vision=vision_inputs((0, 4, 4))), "got [[0, 4, 4]] (image_grid_thw)"),
-    "flat grid": (
-        dict(prompt=[PAD], vision=vision_inputs((1, 2, 2), image_grid_thw=torch.tensor([1, 2, 2]))),
-        "got [1, 2, 2] (image_grid_thw)",
-    ),
     "patches": (
         dict(prompt=[PAD], vision=vision_inputs((1, 2, 2), pixel_values=torch.zeros(5, PATCH_DIM))),
         f"expected [4, {PATCH_DIM}], got [5, {PATCH_DIM}] (pixel_values)",

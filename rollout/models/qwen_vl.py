@@ -1,0 +1,64 @@
+"""What Qwen's vision-language families share: three-plane rotary positions and transformers' own vision tower."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from foveate.rollout.models.spec import ModelSpec, VisionSpec, text_spec
+
+
+def vl_spec(model: Any, rope_planes: tuple[int, ...], num_deepstack: int = 0) -> ModelSpec:
+    """ModelSpec of a model made of `model.language_model` and `model.visual`."""
+    config, inner = model.config, model.model
+    vision = config.vision_config
+    pads = [getattr(config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision")]
+
+    def encode(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[torch.Tensor]:
+        output = inner.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+        sizes = [len(image) for image in output.pooler_output]
+        levels = [output.pooler_output]
+        for level in output.deepstack_features if num_deepstack else ():
+            # All images in one tensor until some release of transformers, one tensor an image since.
+            levels.append(level.split(sizes) if isinstance(level, torch.Tensor) else level)
+        return [torch.stack(image, dim=1) for image in zip(*levels, strict=True)]
+
+    def positions(ids: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[torch.Tensor, int]:
+        # One text token more shows where the completion goes on; transformers before 5.6 gives image tokens
+        # time positions beyond the text that follows, so the largest position says nothing.
+        is_image = torch.cat([ids == config.image_token_id, torch.zeros(1, dtype=torch.bool, device=ids.device)]).int()
+        longer = torch.cat([ids, ids.new_zeros(1)])
+        planes, _ = inner.get_rope_index(longer[None], mm_token_type_ids=is_image[None], image_grid_thw=image_grid_thw)
+        return planes[:, 0, :-1], int(planes[0, 0, -1])
+
+    return text_spec(
+        model,
+        inner.language_model,
+        config.text_config,
+        rope_planes=rope_planes,
+        vision=VisionSpec(
+            tower=inner.visual,
+            encode=encode,
+            positions=positions,
+            image_token_id=config.image_token_id,
+            video_token_id=config.video_token_id,
+            pad_ids=tuple(sorted({i for i in pads if i is not None})),
+            merge_size=vision.spatial_merge_size,
+            patch_dim=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            num_deepstack=num_deepstack,
+        ),
+    )
+
+
+def consecutive_planes(section: Sequence[int]) -> tuple[int, ...]:
+    """The plane each rotary frequency follows: section[0] times time, section[1] times height, section[2] width."""
+    return tuple(index % 3 for index, count in enumerate(section) for _ in range(count))
+
+
+def interleaved_planes(section: Sequence[int]) -> tuple[int, ...]:
+    """As `consecutive_planes`, for Qwen3-VL: frequency 3 t + 1 follows height while t < section[1], 3 t + 2 width while
+    t < section[2], and all others time."""
+    turns = (0, section[1], section[2])
+    return tuple(i % 3 if i // 3 < turns[i % 3] else 0 for i in range(sum(section)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.kernels.dispatch import require
+from foveate.kernels.dispatch import check_request, require
 
 MIB = 1 << 20
 FLOAT32 = torch.finfo(torch.float32)  # what a parameter becomes
@@ -126,6 +126,7 @@ class EngineConfig:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        check_request(self.backend)
         for name in ("page_size", "max_batch_tokens", "max_sequences", "decode_burst"):
             value = getattr(self, name)
             require(isinstance(value, int) and value >= 1, "an int >= 1", value, name)

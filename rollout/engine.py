@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -14,6 +15,7 @@ from torch import nn
 
 from foveate.kernels.dispatch import choose
 from foveate.rollout import models, output
+from foveate.rollout.asynchronous import AsyncCalls, Stepper
 from foveate.rollout.config import EngineConfig, require
 from foveate.rollout.intake import Intake
 from foveate.rollout.models.weights import Weights
@@ -21,10 +23,12 @@ from foveate.rollout.modes import own_modes
 from foveate.rollout.pages import PagePool
 from foveate.rollout.processor import PromptProcessor, load_processor
 from foveate.rollout.progress import track
+from foveate.rollout.reports import Reports
 from foveate.rollout.runner import Runner, num_pages
 from foveate.rollout.scheduler import Batch, Group, Scheduler
 from foveate.rollout.segments import SegmentTree
-from foveate.rollout.types import Request, RequestError, RolloutGroup
+from foveate.rollout.turns import Turns
+from foveate.rollout.types import Request, RolloutGroup
 
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
@@ -37,14 +41,14 @@ def _promised(name: str) -> Callable[..., NoReturn]:
     return method
 
 
-class Engine:
+class Engine(AsyncCalls, Reports):
     """Completes each request n times over one copy of its prompt, with exact log-probs.
 
     model: a transformers causal language model of a family in `foveate.rollout.models.FAMILIES`. The engine
     reads its parameters in place (`shares_weights`): after an in-place optimiser step `update_weights()` is
     all there is to do. processor: anything with `.tokenizer` and `.image_processor`, or a bare tokenizer, or
-    None for token-id prompts. Raises ValueError, naming the module, for a model it cannot share. Not
-    thread-safe. Touches no process-global state.
+    None for token-id prompts. Raises ValueError, naming the module, for a model it cannot share. Any thread
+    may add requests, abort and generate; steps run one at a time. Touches no process-global state.
     """
 
     def __init__(self, model: nn.Module, processor: Any = None, config: EngineConfig | None = None):
@@ -69,6 +73,9 @@ class Engine:
         with own_modes(device):
             self._runner = Runner(self.spec, self._weights, self.config, pool.num_pages)
             self._intake = Intake(self.config, self.spec, self._processor)
+        self._turns = Turns()  # whoever changes what follows holds it; prompts are prepared without
+        self._preparing = threading.Lock()  # processors and tokenizers need not be thread-safe
+        self._stepper = Stepper()
         self._groups: dict[str, Group] = {}  # unfinished, by request id
         self._outbox: deque[RolloutGroup] = deque()  # finished, not handed out yet
         self._numbers = count()  # for the names of requests that bring none
@@ -77,13 +84,13 @@ class Engine:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None, **model_kwargs: Any) -> Engine:
-        """Loads model, tokenizer and image processor with transformers; weights from safetensors only."""
+        """Loads model, tokenizer, image processor with transformers, weights from safetensors, onto config.device."""
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
         has_vision = hasattr(AutoConfig.from_pretrained(path), "vision_config")
         auto = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
         model = auto.from_pretrained(path, use_safetensors=True, **model_kwargs)
-        return cls(model.eval(), load_processor(path, has_vision), config)
+        return cls(model.eval().to(config and config.device), load_processor(path, has_vision), config)
 
     @property
     def shares_weights(self) -> bool:
@@ -105,10 +112,7 @@ class Engine:
         """
         requests = list(requests)
         finished = dict(track(self._run(requests), len(requests), progress))
-        groups = [finished[index] for index in range(len(requests))]
-        if strict and (errors := [group.error for group in groups if group.error]):
-            raise RequestError(f"{len(errors)} of {len(groups)} requests failed, the first: {errors[0]}", groups)
-        return groups
+        return output.in_order(finished, len(requests), strict)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[RolloutGroup]:
         """Yields each group as it finishes. Closing the iterator aborts what is left."""
@@ -120,30 +124,31 @@ class Engine:
         return self._add(request, self._name(request))
 
     def step(self) -> list[RolloutGroup]:
-        """One prefill or one decode step; returns the groups that finished."""
-        start = time.perf_counter()
-        self._weights.check()
-        try:
-            with own_modes(self._weights.device):
-                self._run_batch(self._scheduler.next(self._versions))
-        except BaseException as error:
-            self._fail_running(error)
-            raise
-        self._hand_out(self._scheduler.retire())
-        self._counts["steps"] += 1
-        self._seconds += time.perf_counter() - start
-        groups, self._outbox = list(self._outbox), deque()
-        return groups
+        """Decodes what runs, prefills up to `max_batch_tokens` of what waits; returns the groups that finished."""
+        with self._turns:
+            start = time.perf_counter()
+            self._weights.check()
+            try:
+                with own_modes(self._weights.device):
+                    self._run_batch(self._scheduler.next(self._versions))
+            except BaseException as error:
+                self._fail_running(error)
+                raise
+            self._hand_out(self._scheduler.retire())
+            self._counts["steps"] += 1
+            self._seconds += time.perf_counter() - start
+            groups, self._outbox = list(self._outbox), deque()
+            return groups
 
     def abort(self, request_id: str) -> None:
         """Ends a request with what it has; its group comes with the next step. ValueError for an unknown id."""
-        if request_id not in self._groups:
-            raise ValueError(f"expected the id of an unfinished request, got {request_id!r} (request_id)")
-        group = self._groups[request_id]
-        for sequence in group.sequences:
-            sequence.finish_reason = sequence.finish_reason or "abort"
-        waited = self._scheduler.remove(group)
-        self._hand_out([group] if waited else self._scheduler.retire())
+        with self._turns:
+            if request_id not in self._groups:
+                raise ValueError(f"expected the id of an unfinished request, got {request_id!r} (request_id)")
+            group = self._groups[request_id]
+            for sequence in group.sequences:
+                sequence.finish_reason = sequence.finish_reason or "abort"
+            self._hand_out([group] if self._scheduler.remove(group) else self._scheduler.retire())
 
     def update_weights(
         self,
@@ -179,45 +184,6 @@ class Engine:
             self._runner.vision.clear()
         return self.weight_version
 
-    def stats(self) -> dict[str, int | float]:
-        """Counters since the engine was made.
-
-        requests, finished, failed: groups. prefilled_tokens: prompt tokens computed; shared_segments: prompt
-        segments found instead. tokens: drawn. steps, seconds: spent in them. tokens_per_second. images_encoded,
-        image_hits: by the vision cache. running, waiting: samples and groups now. weight_version, vision_version.
-        """
-        vision = self._runner.vision
-        return {
-            "requests": self.num_requests,
-            **self._counts,
-            "seconds": self._seconds,
-            "tokens_per_second": self._counts["tokens"] / self._seconds if self._seconds else 0.0,
-            "shared_segments": self._tree.num_shared,
-            "images_encoded": vision.num_encoded if vision else 0,
-            "image_hits": vision.num_hits if vision else 0,
-            "running": len(self._scheduler.running),
-            "waiting": len(self._scheduler.waiting),
-            "weight_version": self.weight_version,
-            "vision_version": self.vision_version,
-        }
-
-    def memory_report(self) -> dict[str, int | float]:
-        """Bytes by owner.
-
-        kv_capacity, kv_used: the page pool and its pages in use; kv_pages, kv_pages_used: their number.
-        vision_cache. shadow_weights: copies the engine owns. shared_weights: decoder parameters read in place.
-        """
-        pool, runner = self._tree.pool, self._runner
-        return {
-            "kv_capacity": runner.kv_pool.nbytes,
-            "kv_used": runner.kv_pool.nbytes // pool.num_pages * pool.num_used,
-            "kv_pages": pool.num_pages,
-            "kv_pages_used": pool.num_used,
-            "vision_cache": runner.vision.used_bytes if runner.vision else 0,
-            "shadow_weights": self._weights.shadow_bytes,
-            "shared_weights": self._weights.shared_bytes,
-        }
-
     score, interrupt, resume, sleep, wake = map(_promised, ("score", "interrupt", "resume", "sleep", "wake"))
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[int, RolloutGroup]]:
@@ -229,41 +195,67 @@ class Engine:
                 try:
                     mine[self._add(request, name)] = index
                 except ValueError as error:
-                    self._counts["failed"] += 1
-                    yield index, output.failed_group(request, name, error)
-            while mine and self.has_unfinished:  # a caller's own step() may have taken groups of a stream
-                finished = self.step()
-                self._outbox.extend(group for group in finished if group.request_id not in mine)
-                for group in finished:
-                    if group.request_id in mine:
-                        yield mine.pop(group.request_id), group
+                    yield index, self._refused(request, name, error)
+            while any(self._is_taken(name) for name in mine):  # a caller's own step() may have taken groups of a stream
+                for group in self._step_for(mine):
+                    yield mine.pop(group.request_id), group
         finally:
-            for request_id in mine.keys() & self._groups.keys():
-                self.abort(request_id)
-            self._outbox = deque(group for group in self._outbox if group.request_id not in mine)
+            self._forget(mine)
+
+    def _step_for(self, mine: Container[str]) -> list[RolloutGroup]:
+        """A step that hands out these requests' groups and keeps the others for those who ask."""
+        with self._turns:
+            finished = self.step()
+            self._outbox.extend(group for group in finished if group.request_id not in mine)
+            return [group for group in finished if group.request_id in mine]
+
+    def _forget(self, names: Iterable[str]) -> None:
+        """Aborts these requests and drops their groups."""
+        with self._turns:
+            for name in names:
+                if name in self._groups:
+                    self.abort(name)
+            gone = set(names)
+            self._outbox = deque(group for group in self._outbox if group.request_id not in gone)
+
+    def _refused(self, request: Request, request_id: str, error: ValueError) -> RolloutGroup:
+        with self._turns:
+            self._counts["failed"] += 1
+        return output.failed_group(request, request_id, error)
 
     def _add(self, request: Request, request_id: str) -> str:
-        try:
-            require(not self._is_taken(request_id), "an id that is not in use", request_id, "request_id")
-            with own_modes(torch.device("cpu")):
-                group = self._intake.admit(request, request_id, self.num_requests)
-                self._scheduler.identify(group, self._versions)
-            self._scheduler.add(group)
-        except ValueError as error:
-            raise ValueError(f"request {request_id!r}: {error}") from error
-        self._groups[request_id] = group
-        self.num_requests += 1
+        self._enter(self._prepare(request, request_id))
         return request_id
 
+    def _prepare(self, request: Request, request_id: str) -> Group:
+        """What takes long about adding a request, and needs nothing that a step changes."""
+        try:
+            require(not self._is_taken(request_id), "an id that is not in use", request_id, "request_id")
+            with self._preparing, own_modes(torch.device("cpu")):
+                group = self._intake.admit(request, request_id)
+                self._scheduler.identify(group, self._versions)
+            self._scheduler.check(group)
+        except ValueError as error:
+            raise ValueError(f"request {request_id!r}: {error}") from error
+        return group
+
+    def _enter(self, group: Group) -> None:
+        with self._turns:
+            name = group.request_id
+            fresh = not self._is_taken(name)  # another thread may have been faster
+            require(fresh, f"request {name!r}: an id that is not in use", name, "request_id")
+            self._intake.assign_seeds(group, self.num_requests)
+            self._scheduler.add(group)
+            self._groups[name] = group
+            self.num_requests += 1
+
     def _run_batch(self, batch: Batch) -> None:
-        if batch.groups:
-            sequences = [sequence for group in batch.groups for sequence in group.sequences]
-            self._counts["prefilled_tokens"] += self._runner.prefill(batch.groups)
-            output.record(sequences, self._runner.first_tokens(batch.groups))
-        elif batch.sequences:
-            for sequence in batch.sequences:
-                self._scheduler.grow(sequence)
-            output.record(batch.sequences, self._runner.decode(batch.sequences))
+        if batch.decodes:
+            output.record(batch.decodes, self._runner.decode(batch.decodes))
+        if batch.chunks:
+            self._counts["prefilled_tokens"] += self._runner.prefill(batch.chunks)
+        if batch.firsts:
+            output.record(batch.firsts, self._runner.first_tokens(batch.firsts))
 
     def _fail_running(self, error: BaseException) -> None:
         """After a step that broke off: KV may be half written, so what runs ends; what waits goes on."""
@@ -290,10 +282,12 @@ class Engine:
     def _name(self, request: Request) -> str:
         if request.request_id is not None:
             return request.request_id
-        return next(name for index in self._numbers if not self._is_taken(name := f"request-{index}"))
+        with self._turns:
+            return next(name for index in self._numbers if not self._is_taken(name := f"request-{index}"))
 
     def _is_taken(self, request_id: str) -> bool:
-        return request_id in self._groups or any(group.request_id == request_id for group in self._outbox)
+        with self._turns:
+            return request_id in self._groups or any(group.request_id == request_id for group in self._outbox)
 
     @property
     def _versions(self) -> tuple[int, int]:

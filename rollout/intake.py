@@ -34,8 +34,8 @@ class Intake:
             if processor.tokenizer is not None:
                 self.banned[len(processor.tokenizer) :] = True
 
-    def admit(self, request: Request, request_id: str, index: int) -> Group:
-        """index: how many requests were added before, the seed of a request that brings none."""
+    def admit(self, request: Request, request_id: str) -> Group:
+        """A group without seeds yet."""
         sampling = request.sampling
         prompt = self._prepare(request)
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
@@ -53,11 +53,18 @@ class Intake:
             banned=banned,
             banned_early=self._banned_early(banned, stop_ids) if sampling.min_tokens else banned,
         )
-        seed = sampling.seed if sampling.seed is not None else request_seed(self.config.seed, index)
-        for sample in range(request.n):
+        for _ in range(request.n):
             decoder = TextDecoder(self.processor.tokenizer) if sampling.stop else None
-            group.sequences.append(Sequence(group, _signed(sample_seed(seed, sample)), decoder=decoder))
+            group.sequences.append(Sequence(group, decoder=decoder))
         return group
+
+    def assign_seeds(self, group: Group, index: int) -> None:
+        """index: how many requests were added before, the seed of a request that brings none."""
+        seed = group.request.sampling.seed
+        if seed is None:
+            seed = request_seed(self.config.seed, index)
+        for sample, sequence in enumerate(group.sequences):
+            sequence.seed = _signed(sample_seed(seed, sample))
 
     def _prepare(self, request: Request) -> Prompt:
         try:

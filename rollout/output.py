@@ -8,7 +8,7 @@ import torch
 
 from foveate.kernels.sampling import SampleOutput
 from foveate.rollout.scheduler import Group, Sequence
-from foveate.rollout.types import Request, Rollout, RolloutGroup
+from foveate.rollout.types import Request, RequestError, Rollout, RolloutGroup
 
 
 def record(sequences: list[Sequence], drawn: SampleOutput) -> None:
@@ -66,6 +66,18 @@ def group_of(group: Group, tokenizer: Any, version: int) -> RolloutGroup:
         pixel_values=vision.pixel_values if vision else None,
         error=group.error,
     )
+
+
+def in_order(finished: dict[int, RolloutGroup], count: int, strict: bool) -> list[RolloutGroup]:
+    """The groups of a call in request order; strict: RequestError if one of them failed."""
+    groups = [finished[index] for index in range(count) if index in finished]
+    if len(groups) < count:
+        raise RuntimeError(
+            f"expected the groups of {count} requests, got {len(groups)}: others went to a call of step()"
+        )
+    if strict and (errors := [group.error for group in groups if group.error]):
+        raise RequestError(f"{len(errors)} of {count} requests failed, the first: {errors[0]}", groups)
+    return groups
 
 
 def failed_group(request: Request, request_id: str, error: ValueError) -> RolloutGroup:

@@ -9,29 +9,32 @@ import torch
 
 from foveate.kernels.paged_attention import StepPlan
 from foveate.rollout.scheduler import Sequence
-from foveate.rollout.segments import Segment
+from foveate.rollout.segments import Chunk, Segment
 
 
 class Planner:
-    """Plans prefill steps over prompt segments and decode steps over running sequences."""
+    """Plans prefill over chunks of segments and decode over running sequences."""
 
     def __init__(self, page_size: int, device: torch.device):
         self.page_size = page_size
         self.device = device
 
-    def prefill(self, segments: list[Segment]) -> StepPlan:
-        """Rows are the tokens of the segments, in order; parents stand before their children."""
-        lengths = [segment.span[1] - segment.span[0] for segment in segments]
+    def prefill(self, chunks: list[Chunk]) -> StepPlan:
+        """Rows are the tokens of the chunks, in order; parents stand before their children.
+
+        The length of a segment is what it is once this step's keys are stored.
+        """
+        lengths = [chunk.stop - chunk.start for chunk in chunks]
         starts = [0, *accumulate(lengths)]
         visits = _Visits()
         slots = []
-        for segment, start, length in zip(segments, starts, lengths, strict=False):
+        for chunk, start, length in zip(chunks, starts, lengths, strict=False):
             rows = range(start, start + length)
-            path = segment.path()
+            path = chunk.segment.path()
             for depth, ancestor in enumerate(path[:-1]):
                 visits.add(ancestor, ancestor.length, depth, rows)
-            visits.add(segment, length, len(path) - 1, rows, causal=True)
-            slots.append(self._slots(segment.pages, np.arange(length)))
+            visits.add(chunk.segment, chunk.stop, len(path) - 1, rows, causal=True)
+            slots.append(self._slots(chunk.segment.pages, np.arange(chunk.start, chunk.stop)))
         return visits.plan(self._to_device(np.concatenate(slots)), self.page_size)
 
     def decode(self, sequences: list[Sequence]) -> StepPlan:

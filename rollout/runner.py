@@ -9,12 +9,13 @@ from foveate.kernels import sampling
 from foveate.kernels.sampling import SampleOutput
 from foveate.rollout.config import EngineConfig
 from foveate.rollout.models.decoder import Decoder
-from foveate.rollout.models.spec import ModelSpec
+from foveate.rollout.models.spec import Deepstack, ModelSpec
 from foveate.rollout.models.weights import Weights
 from foveate.rollout.planner import Planner
+from foveate.rollout.processor import ImageInput
 from foveate.rollout.scheduler import Group, Sequence
-from foveate.rollout.segments import Segment
-from foveate.rollout.vision import VisionEncoder
+from foveate.rollout.segments import Chunk
+from foveate.rollout.vision import VisionEncoder, place
 
 CPU_KV_MEMORY = 1 << 30  # bytes
 
@@ -35,27 +36,27 @@ class Runner:
         shape = (2, spec.num_layers, num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
         self.kv_pool = torch.empty(shape, dtype=weights.dtype, device=self.device)
 
-    def prefill(self, groups: list[Group]) -> int:
-        """Computes the segments of the groups' prompts that have no KV yet; returns their number of tokens."""
-        segments = list(dict.fromkeys(s for group in groups for s in group.path if s.length == 0))
-        if not segments:
+    def prefill(self, chunks: list[Chunk]) -> int:
+        """Computes chunks of segments, parents before their children; returns the number of tokens."""
+        if not chunks:
             return 0
-        for segment in segments:
-            segment.length = segment.span[1] - segment.span[0]
-        plan = self.planner.prefill(segments)
-        positions = torch.cat([s.source.positions[:, slice(*s.span)] for s in segments], dim=1)
-        hidden = self.decoder(self._embed(segments), positions.to(self.device), self.kv_pool, plan, decode=False)
+        for chunk in chunks:
+            assert chunk.segment.length == chunk.start, "chunks of a segment come in order"
+            chunk.segment.length = chunk.stop
+        plan = self.planner.prefill(chunks)
+        positions = torch.cat([c.segment.source.positions[:, c.span] for c in chunks], dim=1)
+        hidden, deepstack = self._embed(chunks)
+        hidden = self.decoder(hidden, positions.to(self.device), self.kv_pool, plan, decode=False, deepstack=deepstack)
         end = 0
-        for segment in segments:
-            end += segment.length
-            segment.last_hidden = hidden[end - 1].clone()
+        for chunk in chunks:
+            end += chunk.stop - chunk.start
+            if not chunk.segment.num_missing:
+                chunk.segment.last_hidden = hidden[end - 1].clone()
         return end
 
-    def first_tokens(self, groups: list[Group]) -> SampleOutput:
-        """Draws the first token of every sample; row order is groups, then their samples."""
-        last = torch.stack([_last_hidden(group) for group in groups])
-        counts = torch.tensor([len(group.sequences) for group in groups], device=self.device)
-        return self._sample(last.repeat_interleave(counts, dim=0), [s for g in groups for s in g.sequences])
+    def first_tokens(self, sequences: list[Sequence]) -> SampleOutput:
+        """Draws the first token of samples whose prompt was prefilled."""
+        return self._sample(torch.stack([_last_hidden(sequence.group) for sequence in sequences]), sequences)
 
     def decode(self, sequences: list[Sequence]) -> SampleOutput:
         """Feeds each sequence's last token and draws its next one."""
@@ -69,22 +70,33 @@ class Runner:
             sequence.leaf.length += 1
         return self._sample(hidden, sequences)
 
-    def _embed(self, segments: list[Segment]) -> torch.Tensor:
-        """Token embeddings, image placeholders replaced by features. -> float [T, hidden]"""
-        tokens = torch.cat([s.source.token_ids[slice(*s.span)] for s in segments])
+    def _embed(self, chunks: list[Chunk]) -> tuple[torch.Tensor, Deepstack | None]:
+        """Token embeddings, image placeholders replaced by features. -> float [T, hidden], what is added later"""
+        tokens = torch.cat([chunk.segment.source.token_ids[chunk.span] for chunk in chunks])
         hidden = F.embedding(tokens.to(self.device), self.weights.embed)
-        spans = []  # (row of the image's first token, image)
+        self._encode(chunks)
+        placed: list[tuple[int, torch.Tensor]] = []  # (row, features of an image's tokens from there on)
         row = 0
-        for segment in segments:
-            start, stop = segment.span
-            spans += [(row + i.start - start, i) for i in segment.source.images if start <= i.start < stop]
-            row += stop - start
-        if spans:
-            assert self.vision is not None, spans
-            features = self.vision.encode([image for _, image in spans])
-            for row, image in spans:
-                hidden[row : row + image.num_tokens] = features[image.content_hash]
-        return hidden
+        for chunk in chunks:
+            segment, (first, last) = chunk.segment, (chunk.span.start, chunk.span.stop)
+            for image in _images_in(chunk):
+                start, stop = max(first, image.start), min(last, image.start + image.num_tokens)
+                part = segment.features[image.content_hash][start - image.start : stop - image.start]
+                placed.append((row + start - first, part))
+            row += last - first
+            ahead = {image.content_hash for image in segment.source.images if image.start + image.num_tokens > last}
+            segment.features = {key: value for key, value in segment.features.items() if key in ahead}
+        return hidden, place(hidden, placed)
+
+    def _encode(self, chunks: list[Chunk]) -> None:
+        """Gives the segments the features of the images in their chunks, all images in one pass of the tower."""
+        wanted = [(chunk.segment, image) for chunk in chunks for image in _images_in(chunk)]
+        missing = [(segment, image) for segment, image in wanted if image.content_hash not in segment.features]
+        if missing:
+            assert self.vision is not None, missing
+            features = self.vision.encode([image for _, image in missing])
+            for segment, image in missing:
+                segment.features[image.content_hash] = features[image.content_hash]
 
     def _sample(self, hidden: torch.Tensor, sequences: list[Sequence]) -> SampleOutput:
         params = [sequence.group.request.sampling for sequence in sequences]
@@ -105,6 +117,13 @@ class Runner:
             banned=_bans(sequences),
             backend=self.config.backend,
         )
+
+
+def _images_in(chunk: Chunk) -> list[ImageInput]:
+    """Images of which the chunk holds a token."""
+    span = chunk.span
+    images = chunk.segment.source.images
+    return [i for i in images if i.start < span.stop and span.start < i.start + i.num_tokens]
 
 
 def _last_hidden(group: Group) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which work the next step does: prompts waiting for their prefill, samples running, pages promised to them."""
+"""Which work the next step does: who decodes, what is prefilled, who waits, and whose pages are taken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from foveate.rollout.config import EngineConfig
 from foveate.rollout.pages import pages_for
 from foveate.rollout.processor import Prompt
-from foveate.rollout.segments import Segment, SegmentTree, identities
+from foveate.rollout.segments import Chunk, Segment, SegmentTree, identities, spans
 from foveate.rollout.text import TextDecoder
 from foveate.rollout.types import FinishReason, Request
 
@@ -20,8 +20,9 @@ class Sequence:
     """One sample of a group while it runs. The lists grow by one a token; the runner fills them."""
 
     group: Group
-    seed: int  # int64, two's complement of the unsigned sample seed
-    leaf: Segment | None = None
+    seed: int = 0  # int64, two's complement of the unsigned sample seed
+    leaf: Segment | None = None  # while it runs
+    is_ready: bool = False  # it runs, and its next step is a decode: all tokens but the last drawn are stored
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     log_kept: list[float] = field(default_factory=list)
@@ -34,6 +35,24 @@ class Sequence:
     def next_position(self) -> int:
         """Position of the token that was drawn last and is fed next."""
         return self.group.prompt.next_position + len(self.token_ids) - 1
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.leaf is None and self.finish_reason is None
+
+    @property
+    def room(self) -> int:
+        """Tokens that it must be able to store to draw one more; the one drawn last is never fed."""
+        return min(max(len(self.token_ids), 1), self.group.max_tokens - 1)
+
+    def stored(self) -> Prompt | None:
+        """Tokens to prefill when it comes back: those drawn, but for the last one, which is fed by a decode."""
+        count = len(self.token_ids) - 1
+        if count < 1:
+            return None
+        start = self.group.prompt.next_position
+        positions = torch.arange(start, start + count).expand(3, -1)
+        return Prompt(torch.tensor(self.token_ids[:-1]), positions, start + count, (), (count,))
 
 
 @dataclass(eq=False)
@@ -50,6 +69,7 @@ class Group:
     identities: tuple[tuple[int, int], list[bytes]] | None = None  # weight versions, identity of each segment
     sequences: list[Sequence] = field(default_factory=list)
     path: list[Segment] = field(default_factory=list)
+    was_admitted: bool = False
     error: ValueError | None = None
 
     @property
@@ -59,61 +79,66 @@ class Group:
 
 @dataclass
 class Batch:
-    """One step's work: either groups whose prompt is prefilled and first tokens are drawn, or running samples."""
+    """One step's work, in this order."""
 
-    groups: list[Group]
-    sequences: list[Sequence]
+    decodes: list[Sequence]  # samples that feed their last token and draw the next one
+    chunks: list[Chunk]  # to prefill, parents before their children
+    firsts: list[Sequence]  # samples that draw their first token once the chunks are done
 
 
 class Scheduler:
-    """First come, first served; a group starts when all its samples can run to their last token.
+    """First come, first served, by group and then by sample: who runs is always a beginning of that order.
 
-    Pages for that are promised, not taken: `promised` counts what running samples may still allocate, so an
-    admitted group never runs out of pages.
+    A step decodes every running sample whose tokens are stored and prefills up to `max_batch_tokens` tokens of
+    the others, prompts in chunks if need be. A group is admitted when its prompt and a first page for each of its
+    samples fit. Samples take pages as they grow; when none is left, the sample that comes last in the order gives
+    up its own, and its group the prompt with the last of its samples. It keeps the tokens it has drawn and is
+    the first to come back, when its pages fit and one more for each running sample; its tokens are then prefilled
+    again. So the oldest group always goes on, and a straggler waits for nobody who came after it.
     """
 
     def __init__(self, config: EngineConfig, tree: SegmentTree):
         self.config = config
         self.tree = tree
-        self.waiting: deque[Group] = deque()
-        self.running: list[Sequence] = []
-        self.promised = 0
+        self.waiting: deque[Group] = deque()  # oldest first; only the first may have samples that run
+        self.running: list[Sequence] = []  # oldest first
+        self.num_preempted = 0  # samples, each time
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def add(self, group: Group) -> None:
+    def check(self, group: Group) -> None:
         """Raises ValueError if the request could not run even alone."""
         samples, limit = len(group.sequences), self.config.max_sequences
         if samples > limit:
             raise ValueError(f"expected n <= max_sequences = {limit}, got {samples} (n)")
-        pages = sum(
-            pages_for(stop - start, self.tree.page_size)
-            for start, stop in zip((0, *group.prompt.boundaries[:-1]), group.prompt.boundaries, strict=True)
-        )
-        pages += samples * self._pages_per_sample(group)
+        size = self.tree.page_size
+        pages = sum(pages_for(stop - start, size) for start, stop in spans(group.prompt))
+        pages += max(sum(pages_for(s.room, size) for s in group.sequences), pages_for(group.max_tokens - 1, size))
         if pages > self.tree.pool.num_pages:
-            have = f"{self.tree.pool.num_pages} pages of {self.tree.page_size} tokens"
+            have = f"{self.tree.pool.num_pages} pages of {size} tokens"
             raise ValueError(
                 f"expected a request that fits into {have} of KV memory, got one of {pages} pages (kv_memory)"
             )
+
+    def add(self, group: Group) -> None:
+        """Queues a group; ValueError as `check`."""
+        self.check(group)
         self.waiting.append(group)
 
     def next(self, versions: tuple[int, int]) -> Batch:
-        """Prompts first, as many as the token budget, the sample limit and the pages allow; else decode."""
-        groups: list[Group] = []
-        tokens = 0
-        while self.waiting and self._admits(self.waiting[0], versions, tokens):
-            group = self.waiting.popleft()
-            group.path = self.tree.acquire(self.identify(group, versions), group.prompt)
-            tokens += sum(s.span[1] - s.span[0] for s in group.path if s.length == 0 and s.prompt is group.prompt)
-            for sequence in group.sequences:
-                sequence.leaf = self.tree.branch(group.path[-1])
-            self.promised += len(group.sequences) * self._pages_per_sample(group)
-            self.running.extend(group.sequences)
-            groups.append(group)
-        return Batch(groups, [] if groups else list(self.running))
+        """Makes room for what runs, plans its prefill, then admits what else fits into the step."""
+        decodes = self._grow()
+        plan = _Prefill(self.config.max_batch_tokens)
+        for sequence in self.running:
+            if not sequence.is_ready:
+                plan.add(sequence)
+        while plan.budget and self.waiting and (samples := self._admissible(self.waiting[0], versions)):
+            self._start(samples, versions)
+            for sequence in samples:
+                plan.add(sequence)
+        return Batch(decodes, plan.chunks, plan.firsts)
 
     def identify(self, group: Group, versions: tuple[int, int]) -> list[bytes]:
         """Identity of each segment of the group's prompt; hashed once for a pair of weight versions."""
@@ -127,45 +152,113 @@ class Scheduler:
         if not done:
             return []
         self.running = [sequence for sequence in self.running if not sequence.finish_reason]
-        ended: list[Group] = []
         for sequence in done:
-            group, leaf = sequence.group, sequence.leaf
-            assert leaf is not None, group.request_id
-            self.promised -= self._pages_per_sample(group) - len(leaf.pages)
-            self.tree.release(leaf)
-            sequence.leaf = None
-            if group.is_finished and group not in ended:
-                ended.append(group)
+            self._drop_leaf(sequence)
+        ended = [group for group in dict.fromkeys(sequence.group for sequence in done) if group.is_finished]
         for group in ended:
-            for segment in group.path:
-                self.tree.release(segment)
-            group.path = []
+            if self.waiting and self.waiting[0] is group:
+                self.waiting.popleft()
+            self._drop_path(group)
         return ended
 
     def remove(self, group: Group) -> bool:
-        """Takes a group off the waiting queue; False if it runs already."""
-        if group not in self.waiting:
+        """Forgets a group whose samples have ended; False, and nothing happens, if any of them still holds KV."""
+        if any(sequence.leaf for sequence in group.sequences):
             return False
-        self.waiting.remove(group)
+        if group in self.waiting:
+            self.waiting.remove(group)
+        self._drop_path(group)
         return True
 
-    def grow(self, sequence: Sequence) -> None:
-        """Makes room for the token fed next; the page was promised."""
-        leaf = sequence.leaf
-        assert leaf is not None, sequence.group.request_id
-        before = len(leaf.pages)
-        self.tree.grow(leaf)
-        self.promised -= len(leaf.pages) - before
+    def _grow(self) -> list[Sequence]:
+        """The samples to decode, each with room for the token it feeds."""
+        decodes = []
+        for sequence in list(self.running):  # oldest first: those whose pages are taken come later
+            leaf = sequence.leaf
+            if leaf is None or not sequence.is_ready:
+                continue
+            while self.tree.is_full(leaf) and not self.tree.pool.num_free and sequence.leaf is leaf:
+                self._preempt()
+            if sequence.leaf is leaf:
+                self.tree.grow(leaf)
+                decodes.append(sequence)
+        return decodes
 
-    def _admits(self, group: Group, versions: tuple[int, int], tokens: int) -> bool:
-        if len(self.running) + len(group.sequences) > self.config.max_sequences:
-            return False
-        if tokens and tokens + len(group.prompt.token_ids) > self.config.max_batch_tokens:
-            return False
-        wanted = self.tree.pages_needed(self.identify(group, versions), group.prompt)
-        wanted += len(group.sequences) * self._pages_per_sample(group)
-        return wanted <= self.tree.pool.num_free - self.promised
+    def _preempt(self) -> None:
+        """Takes what the last holder of pages in the order has: a sample's, then its group's prompt."""
+        last = self.running[-1].group
+        if self.waiting and self.waiting[0].path and self.waiting[0] is not last:
+            self._drop_path(self.waiting[0])
+            return
+        sequence = self.running.pop()
+        self._drop_leaf(sequence)
+        self.num_preempted += 1
+        if not self.waiting or self.waiting[0] is not last:
+            self.waiting.appendleft(last)
+        if not self.running or self.running[-1].group is not last:
+            self._drop_path(last)
 
-    def _pages_per_sample(self, group: Group) -> int:
-        # The token that is drawn last is never fed, so its keys are never stored.
-        return pages_for(group.max_tokens - 1, self.tree.page_size)
+    def _admissible(self, group: Group, versions: tuple[int, int]) -> list[Sequence]:
+        """Which samples of the first waiting group can start now: all of a new group, else the next one, or none."""
+        samples = [sequence for sequence in group.sequences if sequence.is_waiting]
+        wanted = 0 if group.path else self.tree.pages_needed(self.identify(group, versions), group.prompt)
+        if group.was_admitted:
+            samples = samples[:1]
+            wanted += len(self.running)  # else it would soon be thrown out again
+        wanted += sum(pages_for(sequence.room, self.tree.page_size) for sequence in samples)
+        fits = len(self.running) + len(samples) <= self.config.max_sequences
+        return samples if fits and wanted <= self.tree.pool.num_free else []
+
+    def _start(self, samples: list[Sequence], versions: tuple[int, int]) -> None:
+        group = samples[0].group
+        if not group.path:
+            group.path = self.tree.acquire(self.identify(group, versions), group.prompt)
+        for sequence in samples:
+            sequence.leaf = self.tree.branch(group.path[-1], sequence.room, sequence.stored())
+        group.was_admitted = True
+        self.running.extend(samples)
+        if not any(sequence.is_waiting for sequence in group.sequences):
+            self.waiting.popleft()
+
+    def _drop_leaf(self, sequence: Sequence) -> None:
+        assert sequence.leaf is not None, sequence.group.request_id
+        self.tree.release(sequence.leaf)
+        sequence.leaf, sequence.is_ready = None, False
+
+    def _drop_path(self, group: Group) -> None:
+        for segment in group.path:
+            self.tree.release(segment)
+        group.path = []
+
+
+class _Prefill:
+    """Collects what a step prefills, within its budget of tokens; a segment of several samples only once."""
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self.chunks: list[Chunk] = []
+        self.firsts: list[Sequence] = []
+        self._stops: dict[Segment, int] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        """Adds what is missing above and in the sample's own segment, as far as the budget goes."""
+        assert sequence.leaf is not None, sequence.group.request_id
+        for segment in (*sequence.group.path, sequence.leaf):
+            if not self._complete(segment):
+                return
+        sequence.is_ready = True
+        if not sequence.token_ids:
+            self.firsts.append(sequence)
+
+    def _complete(self, segment: Segment) -> bool:
+        """Whether all tokens of the segment are stored after this step."""
+        if not segment.num_missing:
+            return True
+        if segment not in self._stops:
+            if not self.budget:
+                return False
+            length = min(segment.num_missing, self.budget)
+            self.budget -= length
+            self._stops[segment] = segment.length + length
+            self.chunks.append(Chunk(segment, segment.length, segment.length + length))
+        return self._stops[segment] == segment.length + segment.num_missing

@@ -299,9 +299,9 @@ def features_one_token_late(monkeypatch):
 
 @mutant(VISION)
 def images_not_seen(monkeypatch):
-    def embed(original, self, segments):
-        tokens = torch.cat([s.prompt.token_ids[slice(*s.span)] for s in segments])
-        return torch.nn.functional.embedding(tokens, self.weights.embed)
+    def embed(original, self, chunks):
+        tokens = torch.cat([chunk.segment.source.token_ids[chunk.span] for chunk in chunks])
+        return torch.nn.functional.embedding(tokens, self.weights.embed), None
 
     _change(monkeypatch, Runner, "_embed", embed)
 

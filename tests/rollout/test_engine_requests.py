@@ -34,7 +34,6 @@ def assert_empty(engine) -> None:
     """No page, sample or group is left."""
     assert engine.memory_report()["kv_pages_used"] == engine.memory_report()["kv_used"] == 0
     assert (engine.stats()["running"], engine.stats()["waiting"], engine.has_unfinished) == (0, 0, False)
-    assert engine._scheduler.promised == 0
 
 
 @pytest.fixture
@@ -106,7 +105,7 @@ def test_prompt_of_a_group_is_computed_and_held_once(make_engine, chat, picture)
     request = chat("How many?", [picture(84, 84)], n=16, max_tokens=PAGE + 3, ignore_eos=True)
     engine.add_request(request)
     engine.step()
-    prompt_pages = engine.memory_report()["kv_pages_used"]
+    prompt_pages = engine.memory_report()["kv_pages_used"] - 16  # each sample has its first page
     assert engine.stats()["running"] == 16
     engine.step()
     assert engine.memory_report()["kv_pages_used"] == prompt_pages + 16

@@ -14,7 +14,7 @@ from foveate.kernels.paged_attention import StepPlan
 from foveate.rollout.planner import Planner
 from foveate.rollout.processor import Prompt
 from foveate.rollout.scheduler import Group, Sequence
-from foveate.rollout.segments import Segment
+from foveate.rollout.segments import Chunk, Segment
 from foveate.rollout.types import Request
 
 # (pages, kv_len, depth, causal) -> rows
@@ -112,14 +112,19 @@ def forests(draw: st.DrawFn) -> tuple[Forest, list[Segment]]:
 
 @given(forests(), st.data())
 def test_prefill(built, data):
-    """Any subset of the forest is new; the rest was computed before."""
+    """Any subset of the forest gets a chunk, whole or in part; the rest was computed before."""
     forest, segments = built
     chosen = data.draw(st.sets(st.sampled_from(range(len(segments))), min_size=1))
-    new = [segment for index, segment in enumerate(segments) if index in chosen]
-    plan = Planner(forest.page_size, CPU).prefill(new)
-    rows = [segment for segment in new for _ in range(segment.length)]
+    chunks = []
+    for index in sorted(chosen):
+        segment = segments[index]
+        start = data.draw(st.sampled_from([0, segment.length // 2, segment.length - 1]))
+        segment.length = data.draw(st.sampled_from([start + 1, segment.length]))
+        chunks.append(Chunk(segment, start, segment.length))
+    plan = Planner(forest.page_size, CPU).prefill(chunks)
+    rows = [chunk.segment for chunk in chunks for _ in range(chunk.start, chunk.stop)]
     assert visits_of(plan) == expected_visits(rows, {segment: segment.length for segment in segments})
-    slots = [slot for s in new for slot in expected_slots(s, 0, s.length, forest.page_size)]
+    slots = [slot for s, start, stop in chunks for slot in expected_slots(s, start, stop - start, forest.page_size)]
     assert plan.slots.tolist() == slots
     assert plan.page_size == forest.page_size
 
@@ -163,7 +168,7 @@ def test_prefill_by_hand():
     prefix = Segment(None, None, pages=[4, 2], length=3, span=(0, 3))
     left = Segment(prefix, None, pages=[0], length=1, span=(3, 4))
     right = Segment(prefix, None, pages=[7], length=2, span=(3, 5))
-    plan = Planner(2, CPU).prefill([prefix, left, right])
+    plan = Planner(2, CPU).prefill([Chunk(segment, 0, segment.length) for segment in (prefix, left, right)])
     assert plan.slots.tolist() == [8, 9, 4, 0, 14, 15]
     assert plan.visit_depth.tolist() == [0, 0, 1, 1]
     assert visits_of(plan) == {
@@ -171,6 +176,21 @@ def test_prefill_by_hand():
         ((4, 2), 3, 0, False): [3, 4, 5],
         ((0,), 1, 1, True): [3],
         ((7,), 2, 1, True): [4, 5],
+    }
+
+
+def test_the_last_chunk_of_a_prompt_by_hand():
+    """Five tokens were stored; the two that follow see all of them, and the sample's own stored tokens come below."""
+    prefix = Segment(None, None, pages=[4], length=2, span=(0, 2))
+    long = Segment(prefix, None, pages=[1, 0, 6, 7], length=7, span=(2, 9))
+    leaf = Segment(long, None, pages=[9], length=1, prompt=PROMPT, span=(0, 1))
+    plan = Planner(2, CPU).prefill([Chunk(long, 5, 7), Chunk(leaf, 0, 1)])
+    assert plan.slots.tolist() == [13, 14, 18]
+    assert visits_of(plan) == {
+        ((4,), 2, 0, False): [0, 1, 2],
+        ((1, 0, 6, 7), 7, 1, True): [0, 1],
+        ((1, 0, 6, 7), 7, 1, False): [2],
+        ((9,), 1, 2, True): [2],
     }
 
 
@@ -210,3 +230,11 @@ def test_decode_writes_behind_what_is_stored(length):
     plan = Planner(2, CPU).decode([sequence])
     pages = sequence.leaf.pages
     assert plan.slots.tolist() == [[2 * pages[0]], [2 * pages[0] + 1], [2 * pages[-1]]][length]
+
+
+def test_position_of_the_token_fed_next():
+    """The first drawn token stands right behind the prompt."""
+    sequence = Sequence(group_at(Segment(None, None)), seed=0, token_ids=[7])
+    assert sequence.next_position == PROMPT.next_position
+    sequence.token_ids.append(7)
+    assert sequence.next_position == PROMPT.next_position + 1

@@ -59,6 +59,7 @@ class TreeTrace(RuleBasedStateMachine):
             else:
                 assert segment.length == 0
                 assert segment.prompt is prompt
+                assert segment.num_missing == length
                 assert len(segment.pages) == pages_for(length, self.tree.page_size)
                 segment.length = length  # as the runner does
             assert segment.span[1] - segment.span[0] == length
@@ -66,12 +67,17 @@ class TreeTrace(RuleBasedStateMachine):
         self.shared += len(lengths) - len(missing)
 
     @precondition(lambda self: any(segment.identity for segment in self.live()))
-    @rule(data=st.data())
-    def branch(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), room=st.integers(0, 4), again=st.integers(0, 4))
+    def branch(self, data: st.DataObject, room: int, again: int) -> None:
         parents = [segment for segment in self.live() if segment.identity]
         parent = parents[data.draw(st.integers(0, len(parents) - 1), label="parent")]
-        leaf = self.tree.branch(parent)
-        assert (leaf.parent, leaf.identity, leaf.pages, leaf.length) == (parent, None, [], 0)
+        if pages_for(room, self.tree.page_size) > self.pool.num_free:
+            with pytest.raises(OutOfPages):
+                self.tree.branch(parent, room)
+            return
+        leaf = self.tree.branch(parent, room, prompt_of([0] * again) if again else None)
+        assert (leaf.parent, leaf.identity, leaf.length, leaf.num_missing) == (parent, None, 0, again)
+        assert len(leaf.pages) == pages_for(room, self.tree.page_size)
         self.holds.append(leaf)
 
     @precondition(lambda self: any(segment.identity is None for segment in self.holds))
@@ -82,10 +88,13 @@ class TreeTrace(RuleBasedStateMachine):
         for _ in range(tokens):
             if self.pool.num_free == 0:
                 return
+            before = len(leaf.pages)
+            needed = max(before, pages_for(leaf.length + 1, self.tree.page_size))
+            assert self.tree.is_full(leaf) == (needed > before)
             self.tree.grow(leaf)
             self.tree.grow(leaf)  # there is room already
             leaf.length += 1
-            assert len(leaf.pages) == pages_for(leaf.length, self.tree.page_size)
+            assert len(leaf.pages) == needed
 
     @precondition(lambda self: self.holds)
     @rule(data=st.data())

@@ -1,0 +1,63 @@
+"""What an engine has done and what it holds, in numbers."""
+
+from __future__ import annotations
+
+from foveate.rollout.models.weights import Weights
+from foveate.rollout.runner import Runner
+from foveate.rollout.scheduler import Scheduler
+from foveate.rollout.segments import SegmentTree
+from foveate.rollout.vision import vision_stats
+
+
+class Reports:
+    """Counters and bytes of an engine."""
+
+    num_requests: int
+    weight_version: int
+    vision_version: int
+    _counts: dict[str, int]
+    _seconds: float
+    _runner: Runner
+    _scheduler: Scheduler
+    _tree: SegmentTree
+    _weights: Weights
+
+    def stats(self) -> dict[str, int | float]:
+        """Counters since the engine was made.
+
+        requests, finished, failed: groups. prefilled_tokens: computed in chunks, those computed again included;
+        shared_segments: prompt segments found instead. preempted: how often a sample's pages were taken. tokens:
+        drawn. steps, seconds: spent in them. tokens_per_second. images_encoded, image_hits, image_evictions,
+        image_bytes: of the vision cache (`foveate.rollout.vision.vision_stats`).
+        running: samples now; waiting: groups of which a sample waits. weight_version, vision_version.
+        """
+        return {
+            "requests": self.num_requests,
+            **self._counts,
+            "seconds": self._seconds,
+            "tokens_per_second": self._counts["tokens"] / self._seconds if self._seconds else 0.0,
+            "shared_segments": self._tree.num_shared,
+            "preempted": self._scheduler.num_preempted,
+            **vision_stats(self._runner.vision),
+            "running": len(self._scheduler.running),
+            "waiting": len(self._scheduler.waiting),
+            "weight_version": self.weight_version,
+            "vision_version": self.vision_version,
+        }
+
+    def memory_report(self) -> dict[str, int | float]:
+        """Bytes by owner.
+
+        kv_capacity, kv_used: the page pool and its pages in use; kv_pages, kv_pages_used: their number.
+        vision_cache. shadow_weights: copies the engine owns. shared_weights: decoder parameters read in place.
+        """
+        pool, runner = self._tree.pool, self._runner
+        return {
+            "kv_capacity": runner.kv_pool.nbytes,
+            "kv_used": runner.kv_pool.nbytes // pool.num_pages * pool.num_used,
+            "kv_pages": pool.num_pages,
+            "kv_pages_used": pool.num_used,
+            "vision_cache": runner.vision.used_bytes if runner.vision else 0,
+            "shadow_weights": self._weights.shadow_bytes,
+            "shared_weights": self._weights.shared_bytes,
+        }

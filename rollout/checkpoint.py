@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,15 @@ from foveate.rollout.config import require
 
 
 def save(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Writes a checkpoint; `directory` appears complete or not at all, and an older one stays until then."""
+    """Writes a checkpoint; `directory` appears complete or not at all, and an older one stays until then.
+
+    What a killed process left of the same checkpoint is removed: one process at a time writes to a directory.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
+    _recover(directory)
     fresh = directory.with_name(f".{directory.name}.writing-{os.getpid()}")
-    shutil.rmtree(fresh, ignore_errors=True)
+    for left in directory.parent.glob(f".{directory.name}.writing-*"):
+        shutil.rmtree(left, ignore_errors=True)
     try:
         model.save_pretrained(fresh)  # type: ignore[operator]
         save_file({**_optimizer_tensors(model, optimizer), **_rng_tensors()}, fresh / "trainer.safetensors")
@@ -66,6 +72,13 @@ def load(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
     _load_optimizer(own, optimizer, tensors)
     _load_rng(tensors)
     return content["state"]
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints `step-<n>` in a folder, by n, also one that a killed process moved aside: `load` finds it."""
+    names = (re.fullmatch(r"(step-(\d+))|\.(step-(\d+))\.old-\d+", path.name) for path in folder.glob("*step-*"))
+    steps = {int(match[2] or match[4]): match[1] or match[3] for match in names if match}
+    return [folder / steps[step] for step in sorted(steps)]
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -120,7 +133,9 @@ def _recover(directory: Path) -> None:
     """Puts a checkpoint back that stepped aside for one whose writer was killed before it took the place."""
     left = sorted(directory.parent.glob(f".{directory.name}.old-*"), key=lambda path: path.stat().st_mtime)
     if left and not directory.exists():
-        os.replace(left[-1], directory)
+        os.replace(left.pop(), directory)
+    for path in left:  # their writers were killed after that
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:

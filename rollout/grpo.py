@@ -29,6 +29,9 @@ class GRPOConfig:
     aggregation: see `sample_weights`; aggregation_length: its constant. old_logprobs: "recompute" by the trainer's
     own forward before the first update, or the "engine"'s. tis_cap: see `importance_weights`; None is off, inf
     does not truncate. advantage_eps, advantage_ddof: see `foveate.kernels.policy_loss.group_advantage`.
+    reward_workers: groups whose reward is computed at a time, on threads, while others decode; with more than one the
+    reward must be safe to share between threads, as those of `foveate.rollout.rewards` are. 0: in the main thread, when
+    all have ended, for a reward that works nowhere else. The numbers are the same.
     precision: "bf16" runs the forward under autocast, parameters and log-probs stay as they are.
     eval_every, save_every: in steps, 0 is never. log_every: of printed lines. seed: of the order of prompts and of
     the requests that bring none. progress: "rich" (needs rich), "plain", "none", or "auto": rich where it is installed
@@ -58,6 +61,7 @@ class GRPOConfig:
     tis_cap: float | None = None
     advantage_eps: float = 1e-6
     advantage_ddof: int = 1
+    reward_workers: int = 1
     precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     eval_every: int = 0
@@ -70,7 +74,7 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         for name in ("prompts_per_step", "num_updates", "micro_batch_size", "log_every"):
             self._check(name, "an int >= 1", lambda v: isinstance(v, int) and v >= 1)
-        for name in ("warmup_steps", "eval_every", "save_every"):
+        for name in ("warmup_steps", "eval_every", "save_every", "reward_workers"):
             self._check(name, "an int >= 0", lambda v: isinstance(v, int) and v >= 0)
         for name in ("max_steps", "micro_batch_tokens", "aggregation_length"):
             self._check(name, "an int >= 1 or None", lambda v: v is None or (isinstance(v, int) and v >= 1))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from foveate.rollout import grpo, metrics, models
+from foveate.rollout import grpo, metrics, models, parallel
 from foveate.rollout.config import require
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.policy import Sample, micro_batches, policy_logprobs
@@ -68,14 +68,20 @@ class Learner:
                     loss.backward()
                     losses.append(loss.detach())
                     seen.append(tokens)
+                parallel.add_gradients(self.parameters)
                 limit = config.max_grad_norm or math.inf
                 norms.append(nn.utils.clip_grad_norm_(self.parameters, limit, error_if_nonfinite=True))
                 self.optimizer.step()
-        report = metrics.token_means({name: torch.cat([tokens[name] for tokens in seen]) for name in seen[0]})
-        gaps = torch.cat([logprobs["gap"] for logprobs in fixed.values()])
-        values = torch.stack([torch.stack(losses).sum(), gaps.mean(), gaps.max(), torch.stack(norms).mean()])
-        names = "policy/loss", "policy/logprob_difference_mean", "policy/logprob_difference_max", "optim/grad_norm"
-        return {**report, **dict(zip(names, values.tolist(), strict=True)), "optim/lr": rate}
+        values = {name: torch.cat([tokens[name] for tokens in seen]) for name in (seen[0] if seen else ())}
+        if fixed:
+            values["logprob_difference_mean"] = torch.cat([logprobs["gap"] for logprobs in fixed.values()])
+        # A rank whose requests all failed has nothing to report, and takes part in the sums all the same.
+        sums = parallel.gather([metrics.token_sums(values)]).items
+        gaps = parallel.gather([values["logprob_difference_mean"].max().item()] if fixed else []).items
+        report = metrics.token_means(sums)
+        report["policy/loss"] = sum(parallel.gather([float(sum(losses))]).items)
+        report["policy/logprob_difference_max"] = max(gaps)
+        return {**report, "optim/grad_norm": float(torch.stack(norms).mean()), "optim/lr": rate}
 
     def _loss(self, batch: Batch, part: slice, fixed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
         """A micro-batch's share of the batch's loss, and its per-token values [N]."""

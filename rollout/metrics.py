@@ -9,6 +9,7 @@ group/variance                mean over groups of the variance of the totals (dd
 group/zero_variance_share     share of the groups of two or more scored samples that teach nothing: all totals equal
 group/failed                  requests the engine could not serve
 sample/unscorable             samples without a total: not in their group's baseline, advantage 0
+unscorable/<part>             samples for which that part could not be had, as when a judge failed
 completion/length_mean, completion/length_max, completion/truncated_share (ended by length)
 policy/loss                   of the last update, KL term included
 policy/clip_low, policy/clip_high, policy/clip_dual   share of tokens where that bound is active
@@ -18,7 +19,8 @@ policy/tis_weight             mean truncated importance weight, where it is on
 policy/logprob_difference_mean, policy/logprob_difference_max   |engine - trainer| of the drawn tokens' log-probs,
                               both over the whole vocabulary, before the first update
 optim/grad_norm               before clipping, mean over the updates; optim/lr
-time/step                     seconds; time/rollout_share, reward, update, sync: of time/step
+time/step                     seconds; time/rollout_share, reward, update, sync: of time/step; reward is what was left
+                              of it when the last group had ended
 throughput/tokens_per_second  completion tokens over time/step
 eval/<key>                    of the evaluation after this step
 """
@@ -33,12 +35,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from foveate.rollout.rewards import RewardTable
-from foveate.rollout.types import Rollout
+from foveate.rollout.types import FinishReason
 
 PRINTED = ("reward/total", "policy/entropy", "policy/logprob_difference_mean", "completion/length_mean", "time/step")
 
@@ -65,32 +67,45 @@ def reward_metrics(tables: Sequence[RewardTable]) -> dict[str, float]:
     """Means of totals and parts, spread within the groups, and what could not be scored."""
     totals = [[total for total in table.totals if total is not None] for table in tables]
     values = {"reward/total": [total for group in totals for total in group]}
+    unscorable = {}
     for name in sorted({name for table in tables for name in table.parts}):
         parts = [part for table in tables for part in table.parts.get(name, ())]
         values[f"reward/{name}"] = [part for part in parts if part is not None]
+        unscorable[f"unscorable/{name}"] = float(len(parts) - len(values[f"reward/{name}"]))
     scored = [torch.tensor(group, dtype=torch.float64) for group in totals if len(group) > 1]
     values["group/variance"] = [float(group.var()) for group in scored]
     values["group/zero_variance_share"] = [float(group.min() == group.max()) for group in scored]
     metrics = {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
     missing = sum(len(table.totals) for table in tables) - len(values["reward/total"])
-    return {**metrics, "sample/unscorable": float(missing)}
+    return {**metrics, **unscorable, "sample/unscorable": float(missing)}
 
 
-def completion_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Lengths of completions, in tokens, and how many were cut."""
-    lengths = [len(rollout.token_ids) for rollout in rollouts]
-    truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
+def completion_metrics(ends: Sequence[tuple[int, FinishReason]]) -> dict[str, float]:
+    """Lengths of completions and how many were cut, of (number of tokens, finish_reason) of each."""
+    lengths = [length for length, _ in ends]
+    truncated = sum(reason == "length" for _, reason in ends)
     return {
         "completion/length_mean": sum(lengths) / len(lengths),
         "completion/length_max": float(max(lengths)),
-        "completion/truncated_share": truncated / len(rollouts),
+        "completion/truncated_share": truncated / len(ends),
     }
 
 
-def token_means(tokens: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """Mean of each tensor [N] of per-token values, in one transfer from the device."""
-    means = torch.stack([values.float().mean() for values in tokens.values()])
-    return {f"policy/{name}": mean for name, mean in zip(tokens, means.tolist(), strict=True)}
+def token_sums(tokens: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, int]]:
+    """Sum and count of each tensor [N] of per-token values, in one transfer from the device."""
+    if not tokens:
+        return {}
+    sums = torch.stack([values.float().sum() for values in tokens.values()]).tolist()
+    return {name: (total, len(values)) for (name, values), total in zip(tokens.items(), sums, strict=True)}
+
+
+def token_means(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
+    """Means of what several parts' `token_sums` add up to."""
+    means = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        sums, counts = zip(*(part[name] for part in parts if name in part), strict=True)
+        means[f"policy/{name}"] = sum(sums) / sum(counts)
+    return means
 
 
 class MetricsLog:
@@ -116,7 +131,7 @@ class MetricsLog:
             self._events = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(output_dir))
         if output_dir is not None:
             output_dir.mkdir(parents=True, exist_ok=True)
-            self._file = (output_dir / "metrics.jsonl").open("a")
+            self._file = _open_lines(output_dir / "metrics.jsonl")
         if rich is not None:
             self._bar = _rich_bar(rich, total, done)
 
@@ -151,6 +166,15 @@ class MetricsLog:
         names = [*PRINTED, *(name for name in metrics if name.startswith("eval/"))]
         parts = [f"{name} {metrics[name]:.4g}" for name in names if name in metrics]
         return "  ".join([f"step {step}" + (f"/{self.total}" if self.total else ""), *parts])
+
+
+def _open_lines(path: Path) -> TextIO:
+    """Opened to append; the last line goes if a killed process wrote only part of it."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+    return path.open("a")
 
 
 def _rich_bar(rich: Any, total: int | None, done: int) -> Any:

@@ -1,9 +1,10 @@
-"""A progress bar for long calls, where rich is installed and a person watches."""
+"""Progress bars: ours for long calls, where rich is installed and a person watches; transformers' kept quiet."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -22,3 +23,17 @@ def track(items: Iterable[T], total: int, show: bool | None) -> Iterator[T]:
 
     console = Console(stderr=True)
     yield from rich_track(items, description="rollouts", total=total, console=console, transient=True)
+
+
+@contextmanager
+def without_transformers_bars() -> Iterator[None]:
+    """Loading and saving without transformers' progress bars, which last for a moment and say nothing."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from foveate.kernels.policy_loss import group_advantage
-from foveate.rollout import checkpoint, grpo, metrics
+from foveate.rollout import checkpoint, grpo, metrics, parallel
 from foveate.rollout.config import require
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.learner import Batch, Learner
 from foveate.rollout.policy import Sample
+from foveate.rollout.reward_pool import RewardPool
 from foveate.rollout.rewards import RewardTable
 from foveate.rollout.types import Request, RolloutGroup
 
@@ -28,7 +29,10 @@ logger = logging.getLogger("foveate.trainer")
 
 @dataclass(frozen=True, eq=False)
 class StepRecord:
-    """What one step made. tables: the rewards of each group, None for a request that failed."""
+    """What one step made. tables: the rewards of each group, None for a request that failed.
+
+    With several ranks (`foveate.rollout.parallel`) groups and tables are this rank's, metrics are of all.
+    """
 
     step: int
     groups: list[RolloutGroup]
@@ -39,11 +43,14 @@ class StepRecord:
 class Trainer:
     """Generate, score, update, with an engine that reads this model's own parameters.
 
-    model: the module the engine was made with. reward: a group's `RewardTable` (`foveate.rollout.rewards`).
+    model: the module the engine was made with. reward: a group's `RewardTable` (`foveate.rollout.rewards`), a function
+    of the group alone; it is called as groups finish, see `GRPOConfig.reward_workers`.
     ref_model: the frozen policy of the KL term, needed where kl_coef > 0. evaluate: called with the step count after
     every eval_every steps; its floats are reported as eval/<key>. output_dir: metrics.jsonl and checkpoints go there.
-    callbacks: called with each `StepRecord`. Raises ValueError for a model the engine does not know, and for one with
-    dropout: its log-probs would not be those of the policy that was sampled.
+    callbacks: called with each `StepRecord`. In a process group every rank makes a trainer and calls the same methods
+    with the same prompts; each rolls out its share, and rank 0 alone writes (`foveate.rollout.parallel`). Raises
+    ValueError for a model the engine does not know, and for one with dropout: its log-probs would not be those of the
+    policy that was sampled.
     """
 
     def __init__(
@@ -76,8 +83,8 @@ class Trainer:
         iterable is consumed in order, and after a resume the caller hands over what is left.
         """
         config, total = self.config, self._num_steps(prompts)
-        log_options = config.progress, config.log_every, config.tensorboard
-        with metrics.MetricsLog(self.output_dir, total, self.step, *log_options) as log:
+        parallel.check_same(config=config, step=self.step, weights=parallel.fingerprint(self.model))
+        with self._log(total) as log:
             for requests in self._batches(prompts):
                 record = self.train_step(requests)
                 if config.eval_every and self.step % config.eval_every == 0:
@@ -85,27 +92,26 @@ class Trainer:
                 log.write(self.step, record.metrics)
                 for callback in self.callbacks:
                     callback(record)
-                if config.save_every and self.step % config.save_every == 0:
+                if config.save_every and self.step % config.save_every == 0 and parallel.rank() == 0:
                     self.save_checkpoint(self.output_dir / f"step-{self.step}")  # type: ignore[operator]
 
     def train_step(self, requests: Sequence[Request]) -> StepRecord:
-        """One rollout batch and its updates: generate, reward, update, tell the engine."""
+        """One rollout batch and its updates: generate and reward, update, tell the engine."""
         clock = metrics.Clock()
-        with clock.phase("rollout"):
-            groups = self.engine.generate(self._seeded(requests), progress=False)
-        with clock.phase("reward"):
-            tables = [None if group.error else self._score(group) for group in groups]
-            batch = self._batch(groups, tables)
+        groups, tables = self._rollout(requests, clock)
+        batch = self._batch(groups, tables)
         with clock.phase("update"):
             report = self.learner.update(batch, grpo.learning_rate(self.config, self.step))
         with clock.phase("sync"):
             self.engine.update_weights()
         self.step += 1
+        everyone = parallel.gather(tables).items
         rollouts = [sample.rollout for sample in batch.samples]
-        report |= metrics.reward_metrics([table for table in tables if table is not None])
-        report |= metrics.completion_metrics(rollouts)
-        report |= clock.metrics(sum(len(rollout.token_ids) for rollout in rollouts))
-        report |= {"step": float(self.step), "group/failed": float(sum(table is None for table in tables))}
+        ends = parallel.gather([(len(rollout.token_ids), rollout.finish_reason) for rollout in rollouts]).items
+        report |= metrics.reward_metrics([table for table in everyone if table is not None])
+        report |= metrics.completion_metrics(ends)
+        report |= clock.metrics(sum(length for length, _ in ends))
+        report |= {"step": float(self.step), "group/failed": float(everyone.count(None))}
         return StepRecord(self.step, groups, tables, report)
 
     def save_checkpoint(self, directory: str | Path) -> None:
@@ -118,6 +124,25 @@ class Trainer:
         state = checkpoint.load(Path(directory), self.model, self.learner.optimizer)
         self.step, self.engine.num_requests = state["step"], state["num_requests"]
         self.engine.update_weights()
+
+    def _rollout(
+        self, requests: Sequence[Request], clock: metrics.Clock
+    ) -> tuple[list[RolloutGroup], list[RewardTable | None]]:
+        """Groups in request order and their rewards, None for a request that failed."""
+        requests = parallel.share(self._seeded(requests))
+        places = {id(request): index for index, request in enumerate(requests)}
+        groups: dict[int, RolloutGroup] = {}
+        with RewardPool(self._score, self.config.reward_workers) as pool:
+            with clock.phase("rollout"):
+                for group in self.engine.stream(requests):
+                    index = places[id(group.request)]
+                    groups[index] = group
+                    if group.error is None:
+                        pool.submit(index, group)
+            with clock.phase("reward"):
+                tables = pool.results()
+        order = range(len(requests))
+        return [groups[index] for index in order], [tables.get(index) for index in order]
 
     def _score(self, group: RolloutGroup) -> RewardTable:
         """The group's rewards, with None for a rollout that has no tokens to learn from."""
@@ -144,7 +169,7 @@ class Trainer:
                     samples.append(Sample(group, rollout))
                     totals.append(total)
             offsets.append(len(samples))
-        if not samples:
+        if not any(parallel.gather([bool(samples)]).items):
             errors = [group.error for group in groups if group.error]
             raise RuntimeError(f"expected rollouts to learn from, got none of {len(groups)} requests: {errors[:1]}")
         advantages = group_advantage(
@@ -152,14 +177,15 @@ class Trainer:
             torch.tensor(offsets, dtype=torch.int32),
             ddof=self.config.advantage_ddof,
             eps=self.config.advantage_eps,
-            scorable=torch.tensor([total is not None for total in totals]),
+            scorable=torch.tensor([total is not None for total in totals], dtype=torch.bool),
         )
         # Samples without a reward teach nothing, and take no weight from those that do.
         taught = [index for index, total in enumerate(totals) if total is not None]
         weights = torch.zeros(len(samples))
+        lengths = parallel.gather([len(samples[index].rollout.token_ids) for index in taught])
         if taught:
-            lengths = torch.tensor([len(samples[index].rollout.token_ids) for index in taught])
-            weights[taught] = grpo.sample_weights(lengths, self.config.aggregation, self.config.aggregation_length)
+            options = self.config.aggregation, self.config.aggregation_length
+            weights[taught] = grpo.sample_weights(torch.tensor(lengths.items), *options)[lengths.own]
         return Batch(samples, advantages, weights)
 
     def _batches(self, prompts: Sequence[Request] | Iterable[Request]) -> Iterator[list[Request]]:
@@ -177,21 +203,31 @@ class Trainer:
             order = torch.randperm(len(prompts), generator=generator).tolist()
             yield [prompts[i] for i in order[index * size : (index + 1) * size]]
 
+    def _log(self, total: int | None) -> metrics.MetricsLog:
+        config = self.config
+        if parallel.rank() > 0:
+            return metrics.MetricsLog(None, total, self.step, "none", 1, False)
+        return metrics.MetricsLog(
+            self.output_dir, total, self.step, config.progress, config.log_every, config.tensorboard
+        )
+
     def _num_steps(self, prompts: Sequence[Request] | Iterable[Request]) -> int | None:
         if self.config.max_steps is not None or not isinstance(prompts, Sequence):
             return self.config.max_steps
         return math.ceil(len(prompts) / self.config.prompts_per_step)
 
     def _seeded(self, requests: Sequence[Request]) -> list[Request]:
-        """Gives each request without a seed one of (seed, step, place): rollouts do not depend on evaluations."""
-        return [
-            request
-            if request.sampling.seed is not None
-            else replace(
-                request,
-                sampling=replace(request.sampling, seed=_seed(self.config.seed, self.step, index)),
-            )
+        """Gives each request without a seed one of (seed, step, place): rollouts do not depend on evaluations.
+
+        All are copies, so that a group tells its place even where one request comes twice.
+        """
+        seeds = [
+            _seed(self.config.seed, self.step, index) if request.sampling.seed is None else request.sampling.seed
             for index, request in enumerate(requests)
+        ]
+        return [
+            replace(request, sampling=replace(request.sampling, seed=seed))
+            for request, seed in zip(requests, seeds, strict=True)
         ]
 
     def _evaluate(self) -> dict[str, float]:

@@ -11,6 +11,8 @@ What a request must carry in its `metadata`:
 
 None is a value that could not be had (a judge failed, nothing to compare with): such a rollout must leave the
 group's baseline and gets no advantage. It is never replaced by 0.
+
+Judges of perception: `RuleJudge` (a grammar, no model), `HTTPJudge` (a served model), `EngineJudge` (an engine).
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from types import MappingProxyType
 from foveate.rollout.config import require
 from foveate.rollout.rewards.accuracy import Accuracy
 from foveate.rollout.rewards.base import Reward, RewardTable, WeightedReward
+from foveate.rollout.rewards.engine_judge import EngineJudge
 from foveate.rollout.rewards.format import Format, follows_format
 from foveate.rollout.rewards.geometry import GeometryGrammar, describe, diagram_fact
 from foveate.rollout.rewards.grammar import PLACES, Fact, Grammar, LabelGrammar
+from foveate.rollout.rewards.http_judge import HTTPJudge
 from foveate.rollout.rewards.judge import Judge, RuleJudge
 from foveate.rollout.rewards.perception import Perception
 from foveate.rollout.rewards.repetition import Repetition, repeated_share
@@ -50,10 +54,12 @@ __all__ = [
     "PERCEPTION_R1_WEIGHTS",
     "PLACES",
     "Accuracy",
+    "EngineJudge",
     "Fact",
     "Format",
     "GeometryGrammar",
     "Grammar",
+    "HTTPJudge",
     "Judge",
     "LabelGrammar",
     "Perception",

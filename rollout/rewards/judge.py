@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from foveate.rollout.config import require
@@ -10,14 +11,50 @@ from foveate.rollout.rewards.geometry import GeometryGrammar
 from foveate.rollout.rewards.grammar import Fact, Grammar, LabelGrammar
 from foveate.rollout.rewards.text import think_part
 
+logger = logging.getLogger("foveate.rewards")
+JudgeAll = Callable[[Sequence[str], Sequence[Fact]], list[float | None]]
+
 
 class Judge(Protocol):
     """Scores a reply against annotated facts: a float in [0, 1], or None if it cannot tell (unscorable).
 
-    response: the whole reply. A judge that fails (a timeout, an answer it cannot read) returns None.
+    response: the whole reply. A judge that fails (a timeout, an answer it cannot read) returns None. It may also
+    define `judge_all(responses, facts) -> list[float | None]`, which is then called once with all replies of a group,
+    and `check(facts)`, which raises ValueError for annotations that it does not understand.
     """
 
     def __call__(self, response: str, facts: Sequence[Fact]) -> float | None: ...
+
+
+def judge_all(judge: Judge, responses: Sequence[str], facts: Sequence[Fact]) -> list[float | None]:
+    """The judge's score of each reply; None, with a warning in the log, where it raises.
+
+    Raises ValueError if `judge.check` refuses the facts, and for another number of scores or one outside [0, 1].
+    """
+    check = getattr(judge, "check", None)
+    if check is not None:
+        check(facts)
+    together = getattr(judge, "judge_all", None)
+    if together is None:
+        scores = [score for response in responses for score in _attempt(_one_by_one(judge), [response], facts)]
+    else:
+        scores = _attempt(together, responses, facts)
+    require(len(scores) == len(responses), f"{len(responses)} scores", len(scores), "judge")
+    for score in scores:
+        require(score is None or 0 <= score <= 1, "a score in [0, 1] or None", score, "judge")
+    return scores
+
+
+def _one_by_one(judge: Judge) -> JudgeAll:
+    return lambda responses, facts: [judge(response, facts) for response in responses]
+
+
+def _attempt(judge: JudgeAll, responses: Sequence[str], facts: Sequence[Fact]) -> list[float | None]:
+    try:
+        return list(judge(responses, facts))
+    except Exception as error:  # whatever a judge raises, the step goes on without its score
+        logger.warning("%d replies are unscorable, the judge raised %r", len(responses), error)
+        return [None] * len(responses)
 
 
 class RuleJudge:
@@ -46,6 +83,10 @@ class RuleJudge:
         contradicted = {fact.subject for fact in stated - annotated}
         hits = sum(fact in stated and fact.subject not in contradicted for fact in annotated)
         return hits / max(len(annotated), len(stated))
+
+    def check(self, facts: Sequence[Fact]) -> None:
+        """Raises ValueError when there are no facts or one is outside the grammars."""
+        self._annotated(facts)
 
     def _annotated(self, facts: Sequence[Fact]) -> set[Fact]:
         require(len(facts) > 0, "at least one annotated fact", facts, "facts")

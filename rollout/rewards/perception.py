@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from foveate.rollout.config import require
+from foveate.rollout.rewards.base import UNSCORABLE_REASONS
 from foveate.rollout.rewards.grammar import Fact
-from foveate.rollout.rewards.judge import Judge, RuleJudge
+from foveate.rollout.rewards.judge import Judge, RuleJudge, judge_all
 from foveate.rollout.types import RolloutGroup
 
 
@@ -29,9 +30,10 @@ def annotated_facts(group: RolloutGroup) -> tuple[Fact, ...]:
 class Perception:
     """The judge's score in [0, 1] of each rollout against the request's annotated facts.
 
-    Applies only to requests that have annotations. None where the judge could not tell. Raises ValueError on
-    a score outside [0, 1] and on annotations that the judge does not understand. Source: the visual
-    perception reward of Perception-R1 (arXiv 2506.07218), with the number of annotations as denominator.
+    Applies only to requests that have annotations. None where the judge could not tell or failed, and for rollouts
+    that were cut short from outside, which it is not asked about. Raises ValueError on a score outside [0, 1] and on
+    annotations that the judge does not understand. Source: the visual perception reward of Perception-R1
+    (arXiv 2506.07218), with the number of annotations as denominator.
     """
 
     name = "perception"
@@ -45,7 +47,6 @@ class Perception:
 
     def __call__(self, group: RolloutGroup) -> list[float | None]:
         facts = annotated_facts(group)
-        scores = [self.judge(rollout.text, facts) for rollout in group.rollouts]
-        for score in scores:
-            require(score is None or 0 <= score <= 1, "a score in [0, 1] or None", score, "judge")
-        return scores
+        texts = [r.text for r in group.rollouts if r.finish_reason not in UNSCORABLE_REASONS]
+        scores = iter(judge_all(self.judge, texts, facts))
+        return [None if r.finish_reason in UNSCORABLE_REASONS else next(scores) for r in group.rollouts]

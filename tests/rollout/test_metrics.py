@@ -6,9 +6,8 @@ import json
 import pytest
 import torch
 
-from foveate.rollout.metrics import Clock, MetricsLog, completion_metrics, reward_metrics, token_means
+from foveate.rollout.metrics import Clock, MetricsLog, completion_metrics, reward_metrics, token_means, token_sums
 from foveate.rollout.rewards import RewardTable
-from foveate.rollout.types import Rollout
 
 
 def test_reward_metrics_by_hand():
@@ -24,27 +23,31 @@ def test_reward_metrics_by_hand():
         "group/variance": 0.25,  # of {1, 2}: 1/2, of {3, 3}: 0; one scored sample has none
         "group/zero_variance_share": 0.5,
         "sample/unscorable": 2.0,
+        "unscorable/a": 1.0,
+        "unscorable/b": 0.0,
     }
 
 
 def test_nothing_scored_leaves_the_means_out():
-    assert reward_metrics([RewardTable({"a": [None]}, [None])]) == {"sample/unscorable": 1.0}
+    assert reward_metrics([RewardTable({"a": [None]}, [None])]) == {
+        "sample/unscorable": 1.0,
+        "unscorable/a": 1.0,
+    }
     assert reward_metrics([]) == {"sample/unscorable": 0.0}
 
 
 def test_completion_metrics_by_hand():
-    def rollout(length, reason):
-        zeros = torch.zeros(length)
-        return Rollout(zeros.long(), zeros, zeros, zeros, reason)
-
-    got = completion_metrics([rollout(1, "stop"), rollout(4, "length"), rollout(4, "length")])
+    got = completion_metrics([(1, "stop"), (4, "length"), (4, "length")])
     expected = {"length_mean": 3.0, "length_max": 4.0, "truncated_share": 2 / 3}
     assert got == {f"completion/{name}": value for name, value in expected.items()}
 
 
 def test_token_means():
     tokens = {"kl": torch.tensor([1.0, 2.0]), "clip_low": torch.tensor([True, False, False, True])}
-    assert token_means(tokens) == {"policy/kl": 1.5, "policy/clip_low": 0.5}
+    sums = token_sums(tokens)
+    assert sums == {"kl": (3.0, 2), "clip_low": (2.0, 4)}
+    assert token_means([sums]) == {"policy/kl": 1.5, "policy/clip_low": 0.5}
+    assert token_means([sums, token_sums({}), {"kl": (9.0, 1)}]) == {"policy/kl": 4.0, "policy/clip_low": 0.5}
 
 
 def test_clock(monkeypatch):
@@ -131,3 +134,12 @@ def test_auto_without_rich_prints_plainly(monkeypatch, capsys):
     with MetricsLog(None, 1, 0, "auto", 1, False) as log:
         log.write(1, {"reward/total": 0.5})
     assert capsys.readouterr().out == "step 1/1  reward/total 0.5\n"
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"step": 2.0, "rew', b"{", b'{"step": 2.0}'])
+def test_a_line_that_a_killed_run_left_unfinished_is_dropped(torn, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1.0}\n' + torn)
+    with MetricsLog(tmp_path, None, 1, "none", 1, False) as log:
+        log.write(2, {"step": 2.0, "a": 1.0})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1.0}, {"step": 2.0, "a": 1.0}]

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"foveate": "foveate", "rollout": "foveate/rollout", "kernels": "foveate/kernels"}
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "math_verify": "math-verify"}
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "math_verify": "math-verify", "yaml": "pyyaml"}
 IMPORTS = "import foveate, foveate.rollout.pages, foveate.kernels.sampling, foveate._C"
 
 
@@ -70,8 +70,8 @@ def test_every_native_file_is_built(setup_values):
 
 def test_every_imported_package_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = [*project["dependencies"], *project["optional-dependencies"]["demo"]]
-    declared += project["optional-dependencies"]["train"]
+    extras = ("demo", "judge", "parquet", "rollout", "train")
+    declared = [*project["dependencies"], *(line for name in extras for line in project["optional-dependencies"][name])]
     names = {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in declared}
     for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from foveate.rollout.demo.threads import choose, step_seconds, thread_count
 from foveate.rollout.demo.warmstart import SupervisedTrainer, WarmStartConfig, warm_start
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.progress import without_transformers_bars
 from foveate.rollout.rewards import WeightedReward
 from foveate.rollout.trainer import StepRecord, Trainer
 
@@ -171,24 +171,10 @@ class Demo:
     def _save_model(self) -> None:
         """Writes what `Engine.from_pretrained` loads."""
         folder = self.options.output / "model"
-        with quiet_saving():
+        with without_transformers_bars():
             parts: tuple[Any, ...] = (self.engine.model, self.processor.tokenizer, self.processor.image_processor)
             for part in parts:
                 part.save_pretrained(folder)
-
-
-@contextmanager
-def quiet_saving() -> Iterator[None]:
-    """Without transformers' progress bar, which lasts for a moment and says nothing."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def first_of_each_kind(scenes: list[Scene], count: int) -> list[int]:

@@ -47,7 +47,7 @@ def test_every_option(runs, tmp_path):
         ("demo --threads 0", "expected an int >= 1, got 0 (--threads)"),
         ("demo --steps many", "--steps"),
         ("demo --setps 3", "--setps"),
-        ("rollout", "demo"),
+        ("rolout", "'rollout'"),
         ("", "demo"),
     ],
 )

@@ -1,0 +1,122 @@
+"""Files of rollouts: one JSON line a rollout, and what is read of a file that was left unfinished.
+
+The rows of a prompt stand together, sample 0 first; prompts stand in the order in which they finished. Beside
+`NAME.jsonl` stand `NAME.run.json`, the settings the rows were made with, and, where lines failed,
+`NAME.errors.jsonl`. docs/rollout_format.md says what each key means.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foveate.rollout.config import require
+from foveate.rollout.tools.prompts import BadLine, fingerprint
+from foveate.rollout.types import RolloutGroup
+
+
+def rows_of(group: RolloutGroup) -> list[dict[str, Any]]:
+    """One dict a rollout; float32 values become the doubles equal to them, so that they are read back exactly."""
+    prompt_hash = fingerprint(group.request)
+    return [
+        {
+            "id": group.request_id,
+            "sample": index,
+            "n": group.request.n,
+            "text": rollout.text,
+            "token_ids": rollout.token_ids.tolist(),
+            "logprobs": rollout.logprobs.tolist(),
+            "log_kept": rollout.log_kept.tolist(),
+            "entropy": rollout.entropy.tolist(),
+            "finish_reason": rollout.finish_reason,
+            "stop_token_id": rollout.stop_token_id,
+            "weight_version": rollout.weight_versions[-1][2] if rollout.weight_versions else None,
+            "seed": group.request.sampling.seed,
+            "prompt_tokens": len(group.prompt_ids),
+            "prompt_hash": prompt_hash,
+        }
+        for index, rollout in enumerate(group.rollouts)
+    ]
+
+
+@dataclass
+class RolloutFile:
+    """A file of rollouts that grows by whole prompts. finished: id -> prompt_hash of those that are in it."""
+
+    path: Path
+    finished: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def settings_path(self) -> Path:
+        return self.path.with_suffix(".run.json")
+
+    @property
+    def errors_path(self) -> Path:
+        return self.path.with_suffix(".errors.jsonl")
+
+    def open(self, settings: dict[str, Any], overwrite: bool) -> None:
+        """Begins the file, or goes on with it: complete prompts are kept, what a killed run left half is cut off.
+
+        Raises ValueError if the file was made with other settings, naming the first, or holds something else.
+        """
+        require(self.path.suffix == ".jsonl", "a file name that ends with .jsonl", str(self.path), "output")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.errors_path.unlink(missing_ok=True)
+        if self.path.exists() and not overwrite:
+            self._compare(settings)
+            end = self._read()
+            os.truncate(self.path, end)
+        else:
+            self.path.write_bytes(b"")
+            self.settings_path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, group: RolloutGroup) -> None:
+        """Appends the rows of one prompt; they are with the operating system when this returns."""
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows_of(group)]
+        with self.path.open("ab") as file:  # what UTF-8 cannot hold, JSON escapes the way Python does
+            file.write("".join(lines).encode("utf-8", "backslashreplace"))
+
+    def write_error(self, bad: BadLine) -> None:
+        """Appends a line to the file of errors, which is of the last run alone."""
+        row = {"line": bad.line, "id": bad.id, "error": bad.reason}
+        with self.errors_path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _compare(self, settings: dict[str, Any]) -> None:
+        way_out = "another --output, or --overwrite"
+        require(self.settings_path.is_file(), f"{self.settings_path} beside it, {way_out}", str(self.path), "output")
+        old = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        for name in dict.fromkeys([*settings, *old]):
+            same = old.get(name) == settings.get(name)
+            expected = f"{old.get(name)!r}, with which {self.path} was begun, {way_out}"
+            require(same, expected, settings.get(name), name)
+
+    def _read(self) -> int:
+        """Fills `finished` and returns where the last complete prompt ends, in bytes."""
+        end = place = 0
+        expected = ("", 0)  # id and sample of the next row, any id at sample 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    break  # torn: its writer was killed
+                row = self._row(line, number)
+                name, sample, prompt = row["id"], row["sample"], row["prompt_hash"]
+                follows = (expected[1] == sample == 0 and name not in self.finished) or expected == (name, sample)
+                require(follows, f"sample {expected[1]} of a prompt", f"sample {sample}", f"line {number}, {self.path}")
+                place += len(line)
+                expected = (name, sample + 1)
+                if sample + 1 == row["n"]:
+                    self.finished[name], end, expected = prompt, place, ("", 0)
+        return end
+
+    def _row(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+            row["id"], row["sample"], row["n"], row["prompt_hash"]
+        except (ValueError, KeyError, TypeError) as error:
+            got = line[:60].decode("utf-8", "replace")
+            raise ValueError(f"expected a rollout, got {got!r} (line {number}, {self.path})") from error
+        return row

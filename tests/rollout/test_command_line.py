@@ -1,0 +1,163 @@
+"""`foveate` and its commands' options: words, YAML files, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from foveate.rollout import cli
+from foveate.rollout.config import EngineConfig, SamplingParams
+from foveate.rollout.grpo import GRPOConfig
+
+pytest.importorskip("tyro")
+from foveate.rollout.tools.command_line import parse
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a test."""
+
+    model: str
+    resume: bool = False
+    rewards: dict[str, float] = field(default_factory=dict)
+    data: Path | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+
+
+YAML = """
+model: -m
+resume: true
+rewards: {format: 1, "file.py:f": -2.5}
+data: a b.jsonl
+sampling: {stop: ["x y", z], stop_token_ids: [], allowed_token_ids: null, max_tokens: 7}
+engine:
+  dtype: bfloat16
+  fuse: false
+  backend: cpp
+grpo: {learning_rate: 1e-5, betas: [0.8, 0.9], max_grad_norm: null, schedule: linear, max_steps: 3}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(text):
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_a_yaml_file_says_what_words_say(config):
+    options = parse(Options, "test", ["--config", config(YAML)])
+    assert options == Options(
+        model="-m",
+        resume=True,
+        rewards={"format": 1.0, "file.py:f": -2.5},
+        data=Path("a b.jsonl"),
+        sampling=SamplingParams(stop=("x y", "z"), max_tokens=7),
+        engine=EngineConfig(dtype=torch.bfloat16, fuse=False, backend="cpp"),
+        grpo=GRPOConfig(learning_rate=1e-5, betas=(0.8, 0.9), max_grad_norm=None, schedule="linear", max_steps=3),
+    )
+
+
+def test_words_win_over_the_file_wherever_they_stand(config):
+    path = config(YAML)
+    words = ["--model", "m", "--no-resume", "--rewards", "accuracy", "1", "--sampling.stop", "q", "--engine.fuse"]
+    words += ["--grpo.learning-rate", "0.5"]
+    before, after = parse(Options, "t", [*words, f"--config={path}"]), parse(Options, "t", ["--config", path, *words])
+    assert before == after
+    assert (before.model, before.resume, before.rewards) == ("m", False, {"accuracy": 1.0})
+    assert (before.sampling.stop, before.engine.fuse, before.grpo.learning_rate) == (("q",), True, 0.5)
+    assert (before.sampling.max_tokens, before.grpo.betas) == (7, (0.8, 0.9))
+
+
+def test_an_empty_file_is_no_options(config):
+    assert parse(Options, "t", ["--model", "m", "--config", config("# nothing\n")]) == Options("m")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: x", "expected an option such as model, got modle"),
+        ("sampling: {max_token: 3}", "expected an option such as sampling.max_tokens, got sampling.max_token"),
+        ("engine: 3", "engine"),
+        ("model: {a: 1}", "expected a value"),
+        ("resume: maybe", "expected true or false, got 'maybe' (resume"),
+        ("model: [", "expected a YAML file"),
+        ("- model", "expected a mapping"),
+        ("model: m\nsampling: {max_tokens: 0}", "expected an int >= 1, got 0"),
+        ("model: m\nsampling: {max_tokens: many}", "max-tokens"),
+        ("model: m\nengine: {dtype: float33}", "dtype"),
+        ("resume: true", "model"),
+    ],
+)
+def test_a_wrong_file_ends_with_2_and_a_reason(config, capsys, text, message):
+    with pytest.raises(SystemExit) as exit_:
+        parse(Options, "test", ["--config", config(text)])
+    assert exit_.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_that_is_not_there(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(Options, "test", ["--config", "nowhere.yaml"])
+    assert exit_.value.code == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in ("demo", "doctor", "rollout", "train"))
+
+
+@pytest.mark.parametrize("name", ["doctor", "demo", "rollout", "train"])
+def test_help_of_a_command(capsys, name):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([name, "--help"])
+    assert exit_.value.code == 0
+    assert f"foveate {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "extra"), [("rollout", "rollout"), ("train", "train")])
+def test_what_is_missing_is_named_with_its_extra(monkeypatch, capsys, name, extra):
+    monkeypatch.setattr(cli, "find_spec", lambda module: None if module == "tyro" else find_spec(module))
+    assert cli.main([name]) == 1
+    assert f"expected tyro to be installed: pip install 'foveate[{extra}]'" in capsys.readouterr().err
+
+
+def test_the_extras_are_there():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for command in cli.COMMANDS.values():
+        assert not command.needs or command.extra in project["optional-dependencies"]
+
+
+def test_commands_import_only_what_they_need():
+    """Help and `doctor` without any extra; `rollout` and `train` with tyro alone."""
+    code = """
+import sys
+for name in ("PIL", "rich", "tensorboard", "math_verify", "sklearn", "scipy", "pyarrow", "accelerate"):
+    sys.modules[name] = None
+import foveate.rollout.tools.rollout, foveate.rollout.tools.train
+sys.modules["tyro"] = None
+from foveate.rollout import cli
+import foveate.rollout.tools.doctor
+try:
+    cli.main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -225,13 +225,14 @@ def test_positions_are_the_models_own(make_engine, picture, chat):
     model = tiny_model("qwen2_5_vl")
     requests = [chat("Where?", [picture(168, 84), picture(56, 112)], max_tokens=1), chat("None.", max_tokens=1)]
     for group in make_engine(model).generate(requests):
-        is_image = (group.prompt_ids == model.config.image_token_id).int()
-        planes, delta = model.model.get_rope_index(
-            group.prompt_ids[None], mm_token_type_ids=is_image[None], image_grid_thw=group.image_grid_thw
+        ids = torch.cat([group.prompt_ids, torch.tensor([1, 2, 3])])  # a completion, as a trainer's forward sees it
+        is_image = (ids == model.config.image_token_id).int()
+        planes, _ = model.model.get_rope_index(
+            ids[None], mm_token_type_ids=is_image[None], image_grid_thw=group.image_grid_thw
         )
-        assert group.prompt_positions.tolist() == planes[:, 0].tolist()
+        assert group.prompt_positions.tolist() == planes[:, 0, :-3].tolist()
         assert group.prompt_positions.dtype == torch.int32
-        assert group.next_position == len(group.prompt_ids) + int(delta)
+        assert planes[:, 0, -3:].tolist() == [[group.next_position + i for i in range(3)]] * 3
 
 
 def test_shadow_in_double_precision(make_engine, mixed_requests, assert_logprobs):

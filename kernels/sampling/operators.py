@@ -1,4 +1,4 @@
-"""`torch.ops.foveate.sample` and `score_tokens`: one operator each for all compiled backends, the last argument."""
+"""`torch.ops.foveate.sample` and `score_tokens` for the backends of foveate._C, `sample_from_hidden` in Triton."""
 
 from __future__ import annotations
 
@@ -33,6 +33,18 @@ def _fake_score(logits, token_ids, temperature, top_k, top_p, min_p, banned, bac
     return logits.new_empty((3, len(logits)), dtype=torch.float32)
 
 
+def _sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowed, tempered: bool):
+    from foveate.kernels.sampling import triton_kernel
+
+    ids, values = _fake_sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowed, tempered)
+    triton_kernel.sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowed, ids, values, tempered)
+    return ids, values
+
+
+def _fake_sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowed, tempered: bool):
+    return torch.empty_like(seeds), hidden.new_empty((3, len(hidden)), dtype=torch.float32)
+
+
 def _rows_of(banned: torch.Tensor | None) -> torch.Tensor | None:
     """bool [1, V] or [N, V]."""
     return banned if banned is None else banned.reshape(-1, banned.shape[-1]).contiguous()
@@ -44,3 +56,10 @@ sample = operator(
 )
 # -> float32 [3, N] of the tokens given.
 score = operator(f"score_tokens(Tensor logits, Tensor token_ids, {_PARAMETERS}) -> Tensor", _score, _fake_score)
+# hidden [N, D], lm_head [V, D], allowed int32 [1 or N, ceil(V / 32)]; tempered: False if all temperatures are 0 or 1.
+sample_from_hidden = operator(
+    "sample_from_hidden(Tensor hidden, Tensor lm_head, Tensor? bias, Tensor temperature, Tensor seeds, Tensor steps,"
+    " Tensor? allowed, bool tempered) -> (Tensor, Tensor)",
+    _sample_from_hidden,
+    _fake_sample_from_hidden,
+)

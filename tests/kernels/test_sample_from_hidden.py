@@ -1,0 +1,212 @@
+"""The sampler that never writes logits, against the reference on logits that every product gives exactly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from foveate.kernels import sampling
+from foveate.kernels.dispatch import available
+from foveate.kernels.sampling import masks
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [
+    pytest.mark.skipif("triton" not in available("sampling", DEVICE), reason="needs Triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of NaN and inf in the interpreter
+]
+TILE = 128  # ids of a program
+# Sums of about 1,000 terms in another order, and another exp: relative 2^-24 each, logs below 10.
+VALUES = {"rtol": 2e-6, "atol": 4e-6}
+
+
+def draw(hidden, lm_head, backend, **given) -> sampling.SampleOutput:
+    return sampling.sample_from_hidden(hidden, lm_head, backend=backend, **given)
+
+
+def assert_same(hidden, lm_head, **given) -> sampling.SampleOutput:
+    """Tokens equal, values within the rounding of their sums; returns Triton's."""
+    ours, theirs = draw(hidden, lm_head, "triton", **given), draw(hidden, lm_head, "reference", **given)
+    assert ours.token_ids.tolist() == theirs.token_ids.tolist()
+    for got, want in zip(ours[1:], theirs[1:], strict=True):
+        torch.testing.assert_close(got, want, equal_nan=True, **VALUES)
+    assert torch.equal(ours.log_kept == 0, theirs.log_kept == 0)
+    return ours
+
+
+def exact(rows: int, dim: int, vocab: int, dtype=torch.float32, spread: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Small dyadic numbers, whose products and sums are exact in fp32 in any order; many logits are equal."""
+    hidden = torch.randint(-spread, spread + 1, (rows, dim))
+    lm_head = torch.randint(-2, 3, (vocab, dim)) / 8
+    return hidden.to(DEVICE, dtype), lm_head.to(DEVICE, dtype)
+
+
+def noise(rows: int) -> dict[str, torch.Tensor]:
+    seeds = torch.randint(-(2**62), 2**62, (rows,), device=DEVICE)
+    return {"seeds": seeds, "steps": torch.randint(0, 2**32, (rows,), device=DEVICE)}
+
+
+def mixed_temperatures(rows: int) -> torch.Tensor:
+    return torch.tensor([1.0, 0.0, 0.7, 2.0, 1e-4] * rows)[:rows].to(DEVICE)
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 3, 5, 127, 128, 129, 300, 1000])
+@pytest.mark.parametrize(("rows", "dim"), [(1, 1), (5, 7), (33, 64), (65, 96)])
+def test_tokens_and_values(vocab, rows, dim):
+    hidden, lm_head = exact(rows, dim, vocab)
+    assert_same(hidden, lm_head, temperature=mixed_temperatures(rows), **noise(rows))
+    assert_same(hidden, lm_head, temperature=1.0, bias=torch.randint(-3, 4, (vocab,), device=DEVICE) / 4, **noise(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tokens_in_16_bits(dtype):
+    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
+        pytest.skip("the interpreter has no bfloat16")
+    hidden, lm_head = exact(9, 72, 260, dtype)
+    assert_same(hidden, lm_head, temperature=mixed_temperatures(9), **noise(9))
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
+@pytest.mark.parametrize("vocab", [33, 300])
+def test_bans_and_allowed_ids(vocab, share):
+    rows = 7
+    hidden, lm_head = exact(rows, 24, vocab)
+    given = {"temperature": mixed_temperatures(rows), **noise(rows)}
+    each = torch.rand(rows, vocab, device=DEVICE) < share
+    each[:, 0] = True
+    every = each[2]
+    for banned in (None, ~every, ~each):
+        for allowed in (None, masks.pack(every), masks.pack(each)):
+            if banned is None and allowed is None:
+                continue
+            out = assert_same(hidden, lm_head, banned=banned, allowed=allowed, **given)
+            assert (out.token_ids >= 0).all()
+            for row, token in enumerate(out.token_ids.tolist()):
+                assert banned is None or not banned.expand(rows, -1)[row, token]
+                assert allowed is None or masks.unpack(allowed, vocab).expand(rows, -1)[row, token]
+
+
+def test_hard_rows():
+    """Ties across tiles, all equal, -inf, one huge value, two maxima far apart, NaN, inf, subnormal differences."""
+    vocab, rows = 3 * TILE + 5, 12
+    logits = torch.randn(rows, vocab)
+    logits[0] = logits[0].round()
+    logits[1] = 0
+    logits[2, ::2] = -torch.inf
+    logits[3, 7] = torch.nan
+    logits[4, -1] = torch.inf
+    logits[5] = -torch.inf
+    logits[6, TILE] = 1e30
+    logits[7, 3] = logits[7, -1] = 50
+    logits[8] = torch.tensor([0.0, -0.0]).repeat(vocab)[:vocab]
+    logits[9] = torch.linspace(-100, 0, vocab)
+    logits[10, :TILE] = -torch.inf
+    logits[11] = -1e30
+    logits = logits.to(DEVICE)
+    for temperature in (1.0, 0.0):
+        for row in range(rows):  # the row is the bias of a product that is 0
+            hidden, lm_head = torch.zeros(3, 4, device=DEVICE), torch.zeros(vocab, 4, device=DEVICE)
+            given = {"temperature": temperature, "bias": logits[row], **noise(3)}
+            out = assert_same(hidden, lm_head, **given)
+            assert (out.token_ids.min() < 0) == (row in (3, 4, 5))
+    banned = torch.zeros(vocab, dtype=torch.bool, device=DEVICE)
+    banned[2 * TILE :] = True
+    for row in range(rows):
+        assert_same(hidden, lm_head, temperature=0.9, bias=logits[row], banned=banned, **noise(3))
+
+
+def test_nothing_allowed():
+    hidden, lm_head = exact(2, 8, 40)
+    allowed = masks.pack(torch.tensor([[False] * 40, [True] * 40], device=DEVICE))
+    out = assert_same(hidden, lm_head, temperature=1.0, allowed=allowed, **noise(2))
+    assert out.token_ids[0] == -1
+    assert out.logprobs[0].isnan()
+
+
+def test_a_tiny_loss_is_a_loss():
+    """log_kept is 0 if and only if nothing of positive probability was removed; a small loss keeps its digits."""
+    vocab = 200
+    hidden, lm_head = torch.zeros(1, 4, device=DEVICE), torch.zeros(vocab, 4, device=DEVICE)
+    bias, banned = torch.zeros(vocab, device=DEVICE), torch.zeros(vocab, dtype=torch.bool, device=DEVICE)
+    banned[150] = True
+    for lost, expected in ((-20.0, -math.exp(-20) / 199), (-200.0, None), (-math.inf, 0.0)):
+        bias[150] = lost
+        (log_kept,) = draw(
+            hidden, lm_head, "triton", temperature=1.0, bias=bias, banned=banned, **noise(1)
+        ).log_kept.tolist()
+        if expected is None:
+            assert -1e-37 < log_kept < 0
+        else:
+            assert log_kept == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_row_has_the_same_bits_alone_in_any_slot_and_batch():
+    rows, vocab = 70, 300
+    hidden, lm_head = exact(rows, 96, vocab)
+    if DEVICE.type == "cuda":  # the interpreter's product is numpy's, which rounds a row by its place
+        hidden, lm_head = torch.randn_like(hidden), torch.randn_like(lm_head)
+    seeds, steps = torch.arange(rows, device=DEVICE), torch.arange(rows, device=DEVICE)
+    order = torch.randperm(rows, device=DEVICE)
+
+    def bits(index):
+        out = draw(hidden[index], lm_head, "triton", temperature=0.8, seeds=seeds[index], steps=steps[index])
+        return [out.token_ids, *(value.view(torch.int32) for value in out[1:])]
+
+    whole = bits(torch.arange(rows, device=DEVICE))
+    for got, want in zip(bits(order), whole, strict=True):
+        assert torch.equal(got, want[order])
+    for row in (0, 31, 69):
+        alone = torch.tensor([row], device=DEVICE)
+        for got, want in zip(bits(alone), whole, strict=True):
+            assert torch.equal(got, want[alone])
+
+
+def test_rows_with_a_stride_and_no_rows():
+    hidden, lm_head = exact(4, 16, 50)
+    given = {"temperature": 1.0, **noise(4)}
+    wide, tall = torch.cat([hidden, hidden], 1), torch.cat([lm_head, lm_head], 1)
+    got, want = draw(wide[:, :16], tall[:, :16], "triton", **given), draw(hidden, lm_head, "triton", **given)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    empty = draw(hidden[:0], lm_head, "triton", temperature=1.0, **noise(0))
+    assert [tuple(value.shape) for value in empty] == [(0,)] * 4
+
+
+def test_truncated_rows_are_drawn_from_logits():
+    hidden, lm_head = exact(5, 16, 100)
+    assert_same(hidden, lm_head, temperature=1.0, top_k=5, **noise(5))
+    assert_same(hidden, lm_head, temperature=0.8, top_p=0.9, min_p=0.01, **noise(5))
+
+
+def test_the_operator():
+    hidden, lm_head = exact(3, 8, 40)
+    rows = torch.arange(3, device=DEVICE)
+    allowed = masks.pack(torch.ones(40, dtype=torch.bool, device=DEVICE))[None]
+    given = (hidden, lm_head, None, torch.ones(3, device=DEVICE), rows, rows, allowed, False)
+    torch.library.opcheck(torch.ops.foveate.sample_from_hidden.default, given)
+
+
+def test_what_does_not_fit_is_named():
+    hidden, lm_head = exact(2, 8, 40)
+    given = {"temperature": 1.0, **noise(2)}
+    with pytest.raises(ValueError, match=r"expected int32 \[2\] or \[2, 2\], got 'int64 \[2\]' \(allowed\)"):
+        draw(hidden, lm_head, "triton", allowed=torch.ones(2, dtype=torch.int64, device=DEVICE), **given)
+    with pytest.raises(ValueError, match=r"expected torch.float32 as hidden, got 'bfloat16 \[40, 8\]' \(lm_head\)"):
+        draw(hidden, lm_head.bfloat16(), "triton", **given)
+    with pytest.raises(ValueError, match=r"not torch\.float64"):
+        draw(hidden.double(), lm_head.double(), "triton", **given)
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 64, 5003])
+def test_masks_are_bits(vocab):
+    allowed = torch.rand(3, vocab) < 0.5
+    words = masks.pack(allowed)
+    assert words.shape == (3, masks.num_words(vocab))
+    for row in range(3):
+        value = sum(int(bit) << i for i, bit in enumerate(allowed[row]))
+        assert [(value >> 32 * i) & 0xFFFFFFFF for i in range(words.shape[1])] == (
+            words[row].long() & 0xFFFFFFFF
+        ).tolist()
+    assert torch.equal(masks.unpack(words, vocab), allowed)
+    with pytest.raises(ValueError, match=r"\(allowed\)"):
+        masks.unpack(words[:, :0], vocab)

@@ -80,11 +80,13 @@ def sample(
     steps: int64 [N] in [0, 2^32), tokens of the sample already drawn. banned: bool [V] or [N, V], True = never
     drawn. allowed: int32 [ceil(V / 32)] or [N, ceil(V / 32)], bits of the ids that may be drawn (`masks.pack`); an id
     must be allowed and not banned. backend: None chooses. Raises ValueError on shapes, dtypes and values out of range.
+
+    Values are checked where they lie: numbers and tensors on the CPU cost a GPU no wait, tensors on a GPU do.
     """
     logits = _readable(logits)
     chosen = _backend(backend, logits.device)
     parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned, allowed)
-    _check_noise(seeds, steps, logits)
+    seeds, steps = _noise(seeds, steps, logits)
     if chosen == "reference":
         return SampleOutput(*reference.sample(logits, parameters, seeds, steps))
     ids, values = operators.sample(_rows(logits), seeds, steps, *_tensors(parameters), chosen)
@@ -122,9 +124,10 @@ def sample_from_hidden(
         frame = torch.empty((), device=hidden.device).expand(len(hidden), len(lm_head))
         parameters = _parameters(frame, temperature, top_k, top_p, min_p, None, None)
         if not parameters.filtered:
-            _check_noise(seeds, steps, frame)
+            seeds, steps = _noise(seeds, steps, frame)
             words = _words(frame, banned, allowed)
-            return _fused(hidden, lm_head, bias, parameters.temperature, seeds, steps, words)
+            tempered = not isinstance(temperature, (int, float)) or temperature not in (0, 1)
+            return _fused(hidden, lm_head, bias, parameters.temperature, seeds, steps, words, tempered)
     logits = linear(hidden.float(), lm_head.float(), None if bias is None else bias.float())
     return sample(
         logits,
@@ -175,10 +178,9 @@ def _backend(requested: str | None, device: torch.device) -> str:
     return chosen if chosen != "triton" else next(b for b in available("sampling", device) if b != "triton")
 
 
-def _fused(hidden, lm_head, bias, temperature, seeds, steps, words) -> SampleOutput:
+def _fused(hidden, lm_head, bias, temperature, seeds, steps, words, tempered: bool) -> SampleOutput:
     require(lm_head.dtype == hidden.dtype, f"{hidden.dtype} as hidden", _kind(lm_head), "lm_head")
     hidden, lm_head = _rows(hidden), _rows(lm_head)
-    tempered = bool(((temperature != 0) & (temperature != 1)).any())
     ids, values = operators.sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, words, tempered)
     return SampleOutput(ids, *values.unbind())
 
@@ -203,12 +205,14 @@ def _check_masks(frame: torch.Tensor, banned: torch.Tensor | None, allowed: torc
         require(fits, f"int32 [{words}] or [{num_rows}, {words}]", _kind(allowed), "allowed")
 
 
-def _check_noise(seeds: torch.Tensor, steps: torch.Tensor, frame: torch.Tensor) -> None:
+def _noise(seeds: torch.Tensor, steps: torch.Tensor, frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checked, and on the logits' device."""
     _check_rows(seeds, frame, "seeds")
     _check_rows(steps, frame, "steps")
     if steps.numel():
         low, high = (int(x) for x in steps.aminmax())
         require(low >= 0 and high < 2**32, "0 <= steps < 2^32", (low, high), "steps")
+    return seeds.to(frame.device, non_blocking=True), steps.to(frame.device, non_blocking=True)
 
 
 def _readable(logits: torch.Tensor) -> torch.Tensor:
@@ -244,6 +248,8 @@ def _parameters(
     k = _row_values(0 if top_k is None else top_k, logits, torch.int64, "top_k")
     p = _row_values(1.0 if top_p is None else top_p, logits, torch.float32, "top_p")
     m = _row_values(0.0 if min_p is None else min_p, logits, torch.float32, "min_p")
+    if any(values.is_cuda for values in (t, k, p, m)):
+        t, k, p, m = (values.to(logits.device) for values in (t, k, p, m))
     # 1e-4 rounds to fp32 as the tensor does.
     smallest = torch.tensor(MIN_TEMPERATURE, dtype=torch.float32).item()
     ok = (t == 0) | ((t >= smallest) & (t < torch.inf))
@@ -258,6 +264,7 @@ def _parameters(
         others = ~masks.unpack(allowed, vocab)
         banned = others if banned is None else banned | others
     filtered = bool(((t > 0) & ((k > 0) | (p < 1) | (m > 0))).any())
+    t, k, p, m = (values.to(logits.device, non_blocking=True) for values in (t, k, p, m))
     return reference.Parameters(t, k, p, m, banned, filtered)
 
 
@@ -266,7 +273,7 @@ def _row_values(value: RowValue, logits: torch.Tensor, dtype: torch.dtype, argum
     if not isinstance(value, torch.Tensor):
         whole = dtype == torch.float32 or isinstance(value, int)
         require(whole, "an int or int [N]", value, argument)
-        return torch.full((num_rows,), value, dtype=dtype, device=logits.device)
+        return torch.full((num_rows,), value, dtype=dtype)
     kind = "float" if dtype == torch.float32 else "int"
     fits = value.shape == (num_rows,) and value.is_floating_point() == (dtype == torch.float32)
     require(fits and value.dtype != torch.bool, f"{kind} [{num_rows}]", _kind(value), argument)

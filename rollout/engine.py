@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -26,11 +26,11 @@ from foveate.rollout.progress import track
 from foveate.rollout.reports import Reports
 from foveate.rollout.runner import Runner, num_pages
 from foveate.rollout.scheduler import Batch, Group, Scheduler
+from foveate.rollout.scoring import Scoring
 from foveate.rollout.segments import SegmentTree
 from foveate.rollout.turns import Turns
 from foveate.rollout.types import Request, RolloutGroup
-
-NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+from foveate.rollout.updates import Updates
 
 
 def _promised(name: str) -> Callable[..., NoReturn]:
@@ -41,7 +41,7 @@ def _promised(name: str) -> Callable[..., NoReturn]:
     return method
 
 
-class Engine(AsyncCalls, Reports):
+class Engine(AsyncCalls, Reports, Scoring, Updates):
     """Completes each request n times over one copy of its prompt, with exact log-probs.
 
     model: a transformers causal language model of a family in `foveate.rollout.models.FAMILIES`. The engine
@@ -53,14 +53,15 @@ class Engine(AsyncCalls, Reports):
 
     def __init__(self, model: nn.Module, processor: Any = None, config: EngineConfig | None = None):
         self.config = config or EngineConfig()
-        for name in ("prune", "deterministic"):
-            if getattr(self.config, name):
-                raise NotImplementedError(f"EngineConfig.{name} comes with a later release")
+        if self.config.prune:
+            raise NotImplementedError("EngineConfig.prune comes with a later release")
         self.model = model
         self.spec = models.describe(model)
         device, asked = self.spec.lm_head.weight.device, torch.device(self.config.device or "cpu")
         same = self.config.device is None or (asked.type == device.type and asked.index in (None, device.index))
         require(same, f"the model's device {device}", self.config.device, "device")
+        if self.config.deterministic and device.type != "cpu":
+            raise NotImplementedError(f"EngineConfig.deterministic is for the CPU in this release, got {device}")
         for family in ("layers", "paged_attention", "sampling"):
             choose(family, self.config.backend, device)
         self._weights = Weights(self.spec, self.config.dtype, self.config.fuse)
@@ -143,48 +144,14 @@ class Engine(AsyncCalls, Reports):
     def abort(self, request_id: str) -> None:
         """Ends a request with what it has; its group comes with the next step. ValueError for an unknown id."""
         with self._turns:
-            if request_id not in self._groups:
-                raise ValueError(f"expected the id of an unfinished request, got {request_id!r} (request_id)")
+            known = isinstance(request_id, str) and request_id in self._groups
+            require(known, "the id of an unfinished request", request_id, "request_id")
             group = self._groups[request_id]
             for sequence in group.sequences:
                 sequence.finish_reason = sequence.finish_reason or "abort"
             self._hand_out([group] if self._scheduler.remove(group) else self._scheduler.retire())
 
-    def update_weights(
-        self,
-        named: NamedTensors = (),
-        *,
-        partial: bool = False,
-        in_flight: Literal["error", "abort"] = "error",
-        vision_changed: bool | None = None,
-    ) -> int:
-        """Makes the engine use changed weights, and returns the new `weight_version`.
-
-        named: empty after the module's parameters were changed in place; else tensors by name (the module's
-        own, or transformers' 4.x and 5.x names), all checked for name, shape and dtype before the first is
-        copied. Missing names are an error unless partial. in_flight: what happens to unfinished requests.
-        vision_changed: None means yes if a named tensor belongs to the tower or, without names, if a parameter
-        of the tower requires a gradient. Raises ValueError and changes nothing if a check fails.
-        """
-        require(in_flight in ("error", "abort"), "'error' or 'abort'", in_flight, "in_flight")
-        if self._groups and in_flight == "error":
-            names = sorted(self._groups)[:3]
-            raise ValueError(f"expected no unfinished requests, got {len(self._groups)}: {names} ... (in_flight)")
-        matched = self._weights.match(named, partial)
-        vision_changed = self._weights.changes_tower(matched, vision_changed)
-        for request_id in list(self._groups):
-            self.abort(request_id)
-        if matched:
-            self._weights.copy(matched)
-        else:
-            self._weights.refresh()
-        self.weight_version += 1
-        if self._runner.vision is not None and vision_changed:
-            self.vision_version += 1
-            self._runner.vision.clear()
-        return self.weight_version
-
-    score, interrupt, resume, sleep, wake = map(_promised, ("score", "interrupt", "resume", "sleep", "wake"))
+    interrupt, resume, sleep, wake = map(_promised, ("interrupt", "resume", "sleep", "wake"))
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[int, RolloutGroup]]:
         """Yields (index of the request, its group) as groups finish."""
@@ -280,6 +247,7 @@ class Engine(AsyncCalls, Reports):
             return output.group_of(group, None, self.weight_version)
 
     def _name(self, request: Request) -> str:
+        require(isinstance(request, Request), "a Request", request, "requests")
         if request.request_id is not None:
             return request.request_id
         with self._turns:

@@ -51,7 +51,7 @@ def _finish(sequence: Sequence, token: int) -> None:
 
 
 def group_of(group: Group, tokenizer: Any, version: int) -> RolloutGroup:
-    """The finished group as its caller gets it."""
+    """The finished group as its caller gets it. version: of the weights now."""
     prompt, vision = group.prompt, group.prompt.vision
     boundaries = torch.tensor((0, *prompt.boundaries), dtype=torch.int32)
     return RolloutGroup(
@@ -65,6 +65,7 @@ def group_of(group: Group, tokenizer: Any, version: int) -> RolloutGroup:
         image_grid_thw=vision.image_grid_thw if vision else None,
         pixel_values=vision.pixel_values if vision else None,
         error=group.error,
+        kept_versions=tuple(group.kept_versions),
     )
 
 
@@ -98,7 +99,7 @@ def _rollout(sequence: Sequence, tokenizer: Any, version: int) -> Rollout:
     if sequence.finish_reason == "error":
         return _empty_rollout()
     assert sequence.finish_reason is not None, sequence.group.request_id
-    count = len(sequence.token_ids)
+    sequence.mark(version)
     return Rollout(
         token_ids=torch.tensor(sequence.token_ids, dtype=torch.int64),
         logprobs=torch.tensor(sequence.logprobs, dtype=torch.float32),
@@ -106,7 +107,7 @@ def _rollout(sequence: Sequence, tokenizer: Any, version: int) -> Rollout:
         entropy=torch.tensor(sequence.entropy, dtype=torch.float32),
         finish_reason=sequence.finish_reason,
         stop_token_id=sequence.stop_token_id,
-        weight_versions=((0, count, version),) if count else (),
+        weight_versions=tuple(sequence.versions),
         text=_text(sequence, tokenizer),
     )
 

@@ -9,6 +9,7 @@ import torch
 
 from foveate.rollout.config import EngineConfig
 from foveate.rollout.pages import pages_for
+from foveate.rollout.prefill import Prefill
 from foveate.rollout.processor import Prompt
 from foveate.rollout.segments import Chunk, Segment, SegmentTree, identities, spans
 from foveate.rollout.text import TextDecoder
@@ -30,6 +31,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     decoder: TextDecoder | None = None  # only with stop strings
+    versions: list[tuple[int, int, int]] = field(default_factory=list)  # (start, end, weight version), see `mark`
 
     @property
     def next_position(self) -> int:
@@ -44,6 +46,17 @@ class Sequence:
     def room(self) -> int:
         """Tokens that it must be able to store to draw one more; the one drawn last is never fed."""
         return min(max(len(self.token_ids), 1), self.group.max_tokens - 1)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of its own."""
+        return len(self.leaf.pages) if self.leaf else 0
+
+    def mark(self, version: int) -> None:
+        """Notes that the tokens drawn since the last call were drawn with this version of the weights."""
+        start = self.versions[-1][1] if self.versions else 0
+        if len(self.token_ids) > start:
+            self.versions.append((start, len(self.token_ids), version))
 
     def stored(self) -> Prompt | None:
         """Tokens to prefill when it comes back: those drawn, but for the last one, which is fed by a decode."""
@@ -70,6 +83,8 @@ class Group:
     sequences: list[Sequence] = field(default_factory=list)
     path: list[Segment] = field(default_factory=list)
     was_admitted: bool = False
+    is_kept: bool = False  # the path holds keys of older weights
+    kept_versions: list[int] = field(default_factory=list)  # of weights before updates over which it was kept
     error: ValueError | None = None
 
     @property
@@ -95,6 +110,10 @@ class Scheduler:
     up its own, and its group the prompt with the last of its samples. It keeps the tokens it has drawn and is
     the first to come back, when its pages fit and one more for each running sample; its tokens are then prefilled
     again. So the oldest group always goes on, and a straggler waits for nobody who came after it.
+
+    What is kept over an update of the weights (`keep`) is never preempted: it stands at the beginning of the order, and
+    only as much is kept as fits into the pool to the last token of each sample. Samples of a kept group that wait
+    start when the kept ones have ended, on a prompt of the new weights.
     """
 
     def __init__(self, config: EngineConfig, tree: SegmentTree):
@@ -130,7 +149,7 @@ class Scheduler:
     def next(self, versions: tuple[int, int]) -> Batch:
         """Makes room for what runs, plans its prefill, then admits what else fits into the step."""
         decodes = self._grow()
-        plan = _Prefill(self.config.max_batch_tokens)
+        plan = Prefill(self.config.max_batch_tokens)
         for sequence in self.running:
             if not sequence.is_ready:
                 plan.add(sequence)
@@ -159,7 +178,28 @@ class Scheduler:
             if self.waiting and self.waiting[0] is group:
                 self.waiting.popleft()
             self._drop_path(group)
+        if self.waiting and self.waiting[0].is_kept:
+            self._drop_unused_path()
         return ended
+
+    def keep(self, version: int, changes_vision: bool) -> None:
+        """Before the weights stop to be `version`: what runs keeps its KV for good, what waits is computed anew.
+
+        The last samples of the order give up their pages until the pool could hold the others to their last token.
+        Features of images that were embedded in part are dropped if the tower changes: the rest takes new ones.
+        """
+        size, pool = self.tree.page_size, self.tree.pool
+        while sum(pages_for(s.group.max_tokens - 1, size) - s.num_pages for s in self.running) > pool.num_free:
+            self._preempt()
+        self._drop_unused_path()
+        kept = dict.fromkeys(sequence.group for sequence in self.running)
+        for group in kept:
+            group.is_kept = True
+            group.kept_versions.append(version)
+            for segment in group.path if changes_vision else ():
+                segment.features = {}
+        for sequence in (s for group in {*kept, *self.waiting} for s in group.sequences):
+            sequence.mark(version)
 
     def remove(self, group: Group) -> bool:
         """Forgets a group whose samples have ended; False, and nothing happens, if any of them still holds KV."""
@@ -184,12 +224,18 @@ class Scheduler:
                 decodes.append(sequence)
         return decodes
 
+    def _drop_unused_path(self) -> None:
+        """Takes its prompt from the first group that waits if none of its samples runs."""
+        if self.waiting and all(sequence.group is not self.waiting[0] for sequence in self.running):
+            self._drop_path(self.waiting[0])
+
     def _preempt(self) -> None:
         """Takes what the last holder of pages in the order has: a sample's, then its group's prompt."""
         last = self.running[-1].group
         if self.waiting and self.waiting[0].path and self.waiting[0] is not last:
             self._drop_path(self.waiting[0])
             return
+        assert not last.is_kept, f"request {last.request_id!r} was promised its pages"
         sequence = self.running.pop()
         self._drop_leaf(sequence)
         self.num_preempted += 1
@@ -200,6 +246,8 @@ class Scheduler:
 
     def _admissible(self, group: Group, versions: tuple[int, int]) -> list[Sequence]:
         """Which samples of the first waiting group can start now: all of a new group, else the next one, or none."""
+        if group.is_kept:
+            return []
         samples = [sequence for sequence in group.sequences if sequence.is_waiting]
         wanted = 0 if group.path else self.tree.pages_needed(self.identify(group, versions), group.prompt)
         if group.was_admitted:
@@ -228,37 +276,4 @@ class Scheduler:
     def _drop_path(self, group: Group) -> None:
         for segment in group.path:
             self.tree.release(segment)
-        group.path = []
-
-
-class _Prefill:
-    """Collects what a step prefills, within its budget of tokens; a segment of several samples only once."""
-
-    def __init__(self, budget: int):
-        self.budget = budget
-        self.chunks: list[Chunk] = []
-        self.firsts: list[Sequence] = []
-        self._stops: dict[Segment, int] = {}
-
-    def add(self, sequence: Sequence) -> None:
-        """Adds what is missing above and in the sample's own segment, as far as the budget goes."""
-        assert sequence.leaf is not None, sequence.group.request_id
-        for segment in (*sequence.group.path, sequence.leaf):
-            if not self._complete(segment):
-                return
-        sequence.is_ready = True
-        if not sequence.token_ids:
-            self.firsts.append(sequence)
-
-    def _complete(self, segment: Segment) -> bool:
-        """Whether all tokens of the segment are stored after this step."""
-        if not segment.num_missing:
-            return True
-        if segment not in self._stops:
-            if not self.budget:
-                return False
-            length = min(segment.num_missing, self.budget)
-            self.budget -= length
-            self._stops[segment] = segment.length + length
-            self.chunks.append(Chunk(segment, segment.length, segment.length + length))
-        return self._stops[segment] == segment.length + segment.num_missing
+        group.path, group.is_kept = [], False

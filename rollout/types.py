@@ -9,7 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from foveate.rollout.config import SamplingParams, require
+from foveate.rollout.config import SamplingParams, is_int, require
+
+MAX_SAMPLES = 1 << 16  # of a request; each takes memory even if the request is refused
+LONGEST_ID = 1000  # characters; errors repeat the id
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
@@ -31,7 +34,7 @@ class Request:
     """One prompt with its images, to be completed `n` times: one group.
 
     prompt: text, chat messages, or token ids whose image placeholders are already expanded.
-    images: PIL images, arrays uint8 [height, width, 3] or paths, in the order of their placeholders.
+    images: PIL images, arrays uint8 [height, width, 3], paths or files' bytes, in the order of their placeholders.
     vision: ready image inputs instead of `images`. prefix_len: tokens at the start of the prompt that other
     requests share; None takes the end of a leading system message. request_id: None lets the engine name it.
     metadata: the caller's own, handed back with the group (rewards read it).
@@ -47,23 +50,21 @@ class Request:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        name = f"request {self.request_id!r}: " if self.request_id is not None else ""
-        require(isinstance(self.n, int) and self.n >= 1, f"{name}an int >= 1", self.n, "n")
-        require(
-            self.vision is None or len(self.images) == 0,
-            f"{name}images or vision, not both",
-            len(self.images),
-            "images",
-        )
-        require(
-            self.request_id is None or isinstance(self.request_id, str), "a str or None", self.request_id, "request_id"
-        )
-        require(
-            self.prefix_len is None or (isinstance(self.prefix_len, int) and self.prefix_len >= 0),
-            f"{name}prefix_len >= 0",
-            self.prefix_len,
-            "prefix_len",
-        )
+        request_id, n, images = self.request_id, self.n, self.images
+        named = request_id is None or (isinstance(request_id, str) and len(request_id) <= LONGEST_ID)
+        require(named, f"a str of at most {LONGEST_ID} characters, or None", request_id, "request_id")
+        name = "" if request_id is None else f"request {request_id!r}: "
+        require(is_int(n) and 1 <= n <= MAX_SAMPLES, f"{name}an int >= 1, at most {MAX_SAMPLES}", n, "n")
+        are_many = isinstance(images, Sequence) and not isinstance(images, (str, bytes))
+        require(are_many, f"{name}a sequence of images", images, "images")
+        sampling, vision = self.sampling, self.vision
+        require(isinstance(sampling, SamplingParams), f"{name}SamplingParams", sampling, "sampling")
+        require(vision is None or isinstance(vision, VisionInputs), f"{name}VisionInputs or None", vision, "vision")
+        one_kind = vision is None or len(images) == 0
+        require(one_kind, f"{name}images or vision, not both", len(images), "images")
+        prefix = self.prefix_len
+        require(prefix is None or (is_int(prefix) and prefix >= 0), f"{name}an int >= 0", prefix, "prefix_len")
+        require(isinstance(self.metadata, Mapping), f"{name}a mapping", self.metadata, "metadata")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,8 @@ class Rollout:
     token_ids: int64 [T], the stop token that ended it included. logprobs: float32 [T], log-softmax(logits /
     temperature) of the drawn token over the whole vocabulary. log_kept: float32 [T], log mass of the set it
     was drawn from. entropy: float32 [T], nats. The behaviour log-probability is `logprobs - log_kept`.
-    stop_token_id: the id that ended it, if one did. weight_versions: (start, end, version) token spans.
+    stop_token_id: the id that ended it, if one did. weight_versions: (start, end, version), which tokens were drawn
+    with which version of the weights; the spans cover 0..T, and two neighbours differ.
     text: without stop string and special tokens ("" when the engine has no tokenizer).
     """
 
@@ -137,6 +139,7 @@ class RolloutGroup:
     planes for text). next_position: position of the first completion token. image_grid_thw: int64 [images, 3].
     pixel_values: the patches the tower saw, None without images. segments: int32, lengths of the prompt's
     segments. keep: what pruning kept, None without pruning. error: why this request failed, else None.
+    kept_versions: versions of the weights before updates over which its keys and values were kept.
     """
 
     request: Request
@@ -150,6 +153,13 @@ class RolloutGroup:
     pixel_values: torch.Tensor | None = None
     keep: KeepPlan | None = None
     error: ValueError | None = None
+    kept_versions: tuple[int, ...] = ()
+
+    @property
+    def weight_version(self) -> int | None:
+        """The one version of the weights that computed all of it; None if there were several, or no tokens."""
+        drawn = {version for rollout in self.rollouts for _, _, version in rollout.weight_versions}
+        return drawn.pop() if len(drawn | set(self.kept_versions)) == 1 and drawn else None
 
 
 class RequestError(ValueError):

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer outside attention and sampling: `rms_norm`, `linear`.
+"""The parts of a decoder layer outside attention and sampling: `rms_norm`, `linear`, `elementwise`.
 
     rms_norm(x) = x / sqrt(mean(x^2) + eps) * weight over the last dimension
 
@@ -9,12 +9,14 @@ Source: Zhang & Sennrich, arXiv 1910.07467.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from foveate.kernels.dispatch import choose, require
 from foveate.kernels.layers import operators, reference
 
-__all__ = ["linear", "rms_norm"]
+__all__ = ["elementwise", "linear", "rms_norm"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -38,12 +40,28 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str 
     return (operators.forward if plain else operators.rms_norm)(rows, weight, eps, chosen)[0].view(x.shape)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, row_block: int | None = None
+) -> torch.Tensor:
     """x @ weight^T + bias, by torch's matrix product on every backend.
 
-    x: float [M, K]. weight: float [N, K]. bias: float [N] or None. Returns float [M, N].
+    x: float [M, K]. weight: float [N, K]. bias: float [N] or None. Returns float [M, N]. row_block: how a row rounds
+    may depend on M; with blocks of so many rows, the last filled with zeros, a row of a CPU tensor gives the same bits
+    in every batch, at a given number of threads. At least 16: below that the rows of one product round differently.
     """
-    return reference.linear(x, weight, bias)
+    if row_block is None:
+        return reference.linear(x, weight, bias)
+    require(row_block >= 16, "at least 16 rows", row_block, "row_block")
+    return reference.linear_in_blocks(x, weight, bias, row_block)
+
+
+def elementwise(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """function of each element, with the same bits wherever in x it stands, at a given number of threads.
+
+    x: float [M, D] on the CPU. Returns what `function` does, [M, D]. Torch computes the elements that do not fill a
+    vector register by other code than the rest, which for silu or gelu rounds differently.
+    """
+    return reference.elementwise(function, x)
 
 
 def _as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
 FEW_ROWS = 128  # up to here a product on the CPU is bound by reading the weight
 MAX_BLOCK = 4096  # rows of the weight in one block
+SERIAL = 1 << 15  # torch's kernels use one thread below so many elements
+VECTOR = 64  # a multiple of the elements that they compute at once
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -30,6 +34,23 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     product = torch.bmm(x.expand(blocks, -1, -1), stacked)
     out = product.transpose(0, 1).reshape(len(x), len(weight))
     return out if bias is None else out + bias
+
+
+def linear_in_blocks(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, row_block: int) -> torch.Tensor:
+    """See `foveate.kernels.layers.linear`."""
+    padded = x.new_zeros(-(-len(x) // row_block) * row_block, x.shape[1])
+    padded[: len(x)] = x
+    return torch.cat([F.linear(block, weight, bias) for block in padded.split(row_block)])[: len(x)]
+
+
+def elementwise(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """See `foveate.kernels.layers.elementwise`."""
+    rows, width = x.shape
+    padded_width = -(-width // VECTOR) * VECTOR
+    size = min(64, max(1, (SERIAL - 1) // max(1, padded_width)))  # rows in one call, always as many
+    padded = x.new_zeros(-(-rows // size) * size, padded_width)
+    padded[:rows, :width] = x
+    return torch.cat([function(block) for block in padded.split(size)])[:rows, :width]
 
 
 def _num_blocks(x: torch.Tensor, weight: torch.Tensor) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from foveate.kernels.dispatch import choose
+from foveate.kernels.paged_attention import deterministic as chunk_rule
 from foveate.kernels.paged_attention import reference
 from foveate.kernels.paged_attention.plan import StepPlan
 
@@ -44,18 +45,21 @@ def prefill(
     plan: StepPlan,
     *,
     scale: float,
+    deterministic: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Attention of prompt tokens, whose own segment is read causally.
 
     queries: float [T, heads, head_dim]. Returns float [T, heads, head_dim] in the dtype of queries; scores
-    and sums are float32. Raises ValueError on shapes that do not fit.
+    and sums are float32. deterministic: by the chunk rule (`foveate.kernels.paged_attention.deterministic`), slower.
+    Raises ValueError on shapes that do not fit.
     """
     _check(queries, key_pool, plan, "queries")
     if value_pool.shape != key_pool.shape:
         raise ValueError(f"expected {list(key_pool.shape)}, got {list(value_pool.shape)} (value_pool)")
     choose("paged_attention", backend, queries.device)
-    return reference.attend(queries, key_pool, value_pool, plan, scale)
+    attend = chunk_rule.attend if deterministic else reference.attend
+    return attend(queries, key_pool, value_pool, plan, scale)
 
 
 def decode(
@@ -65,13 +69,14 @@ def decode(
     plan: StepPlan,
     *,
     scale: float,
+    deterministic: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Attention of one new token a sequence; a shared segment is read once for all rows below it.
 
     Arguments, result and errors as `prefill`.
     """
-    return prefill(queries, key_pool, value_pool, plan, scale=scale, backend=backend)
+    return prefill(queries, key_pool, value_pool, plan, scale=scale, deterministic=deterministic, backend=backend)
 
 
 def _check(rows: torch.Tensor, pool: torch.Tensor, plan: StepPlan, argument: str) -> None:

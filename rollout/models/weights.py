@@ -8,7 +8,6 @@ look for tied tensors would then drop all but one of them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from foveate.rollout.models.adapters import AdaptedLinears, Linear, find_adapter, require_no_hooks
-from foveate.rollout.models.names import resolve_name
+from foveate.rollout.models.named import Manifest, NamedTensors, NamedUpdate
 from foveate.rollout.models.spec import ModelSpec
 
 # Keyed by the module that owns the parts (self_attn, mlp) and the parts' kind. The buffers live as long as
@@ -57,7 +56,9 @@ class Weights:
         self._shadow: dict[int, torch.Tensor] = {}  # id of a parameter -> its copy in self.dtype
         self._shadow_buffers: dict[nn.Module, dict[str, torch.Tensor]] = {}
         self._table: list[tuple[nn.Module, str, nn.Parameter, int]] = []
-        self._torn = False  # a copy broke off half-way
+        self._torn = False  # an update broke off half-way
+        self._tower: set[int] = set()  # ids of the vision tower's parameters, during an update
+        self._wrote_tower = False  # since the last update that succeeded
         self.adopt()
 
     @torch.inference_mode(False)
@@ -91,6 +92,10 @@ class Weights:
         """
         if self._torn:
             raise ValueError("expected a complete update_weights after one that broke off half-way, got none")
+        self._follow()
+
+    def _follow(self) -> None:
+        """Re-adopts what was replaced or moved."""
         moved = (
             not self._places
             or any(children.get(name) is not module for children, name, module in self._places)
@@ -104,67 +109,53 @@ class Weights:
         if moved:
             self.adopt()
 
+    def plan(
+        self, named: NamedTensors, manifest: Manifest | None, partial: bool, vision_changed: bool | None
+    ) -> NamedUpdate:
+        """Checks what can be checked before anything changes; raises ValueError as `NamedUpdate` and `check`."""
+        self._follow()
+        self._tower = {id(param) for param in self.spec.vision.tower.parameters()} if self.spec.vision else set()
+        return NamedUpdate(self.spec.model, named, manifest, partial, self._tower if vision_changed is False else ())
+
+    def apply(self, update: NamedUpdate, vision_changed: bool | None) -> bool:
+        """Copies what the update names into the parameters, or into their shadow; without names, fills the shadow.
+
+        Returns whether the vision tower changed: what the caller said, else whether a tensor of it was written, here
+        or by an update that broke off, or, where nothing was named, whether it is trained. While this runs, and after
+        it has broken off, `check` refuses.
+        """
+        was_torn, self._torn = self._torn, True
+        if update.is_empty:
+            self._refresh()
+        else:
+            update.write(self._write, self._is_equal)
+            with torch.inference_mode(False), torch.no_grad():
+                self._adapted.refresh()
+        self._torn = was_torn and not (update.is_empty or update.is_complete)
+        wrote_tower, self._wrote_tower = self._wrote_tower, False
+        if vision_changed is None and update.is_empty and self.spec.vision is not None:
+            vision_changed = any(param.requires_grad for param in self.spec.vision.tower.parameters())
+        return wrote_tower or bool(vision_changed)
+
     @torch.inference_mode(False)
     @torch.no_grad()
-    def refresh(self) -> None:
+    def _refresh(self) -> None:
         """Fills the shadow from the module's parameters; nothing to do when they are shared."""
-        self._torn = True
         for _, _, param, _ in self._table:
             if (copy := self._shadow.get(id(param))) is not None:
                 copy.copy_(param)
         self._adapted.refresh()
-        self._torn = False
-
-    def match(
-        self, named: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]], partial: bool
-    ) -> dict[int, torch.Tensor]:
-        """Checks all names, shapes and dtypes and returns the tensors by the id of their parameter; none for none."""
-        params = dict(self.spec.model.named_parameters(remove_duplicate=False))
-        given: dict[int, tuple[str, torch.Tensor]] = {}
-        names: set[str] = set()
-        for name, tensor in named.items() if isinstance(named, Mapping) else named:
-            own = resolve_name(name, params)
-            if own in names:
-                raise ValueError(f"expected each parameter once, got {own!r} twice (update_weights)")
-            names.add(own)
-            param = params[own]
-            is_data = tensor.layout == torch.strided and not tensor.is_meta
-            if tensor.shape != param.shape or not tensor.is_floating_point() or not is_data:
-                expected = f"a floating tensor of shape {list(param.shape)}"
-                got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-                raise ValueError(f"expected {expected}, got {got} ({name})")
-            other, value = given.setdefault(id(param), (name, tensor))
-            if value is not tensor and not torch.equal(value.to(tensor), tensor):
-                raise ValueError(f"expected equal values for tied parameters, got different ones ({other}, {name})")
-        missing = [name for name, param in params.items() if id(param) not in given]
-        if given and missing and not partial:
-            raise ValueError(
-                f"expected all {len(params)} parameters, got none for {missing[:5]} (missing: {len(missing)})"
-            )
-        return {key: tensor for key, (_, tensor) in given.items()}
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def copy(self, matched: Mapping[int, torch.Tensor]) -> None:
-        """Copies what `match` returned into the parameters, or into their shadow."""
-        params = list(self.spec.model.parameters())
-        was_torn, self._torn = self._torn, True
-        for param in params:
-            if id(param) in matched:
-                self._shadow.get(id(param), param).copy_(matched[id(param)])
-        self._adapted.refresh()
-        self._torn = was_torn and len(matched) < len(params)
+    def _write(self, param: nn.Parameter, tensor: torch.Tensor) -> None:
+        self._wrote_tower = self._wrote_tower or id(param) in self._tower
+        self._shadow.get(id(param), param).copy_(tensor)
 
-    def changes_tower(self, matched: Mapping[int, torch.Tensor], said: bool | None) -> bool:
-        """Whether an update changes the vision tower: what the caller said, else by the matched parameters or, where
-        there are none, by whether the tower is trained. Raises ValueError if the caller's word is wrong."""
-        tower = list(self.spec.vision.tower.parameters()) if self.spec.vision is not None else []
-        named = any(id(param) in matched for param in tower)
-        if said is None:
-            return named or (not matched and any(param.requires_grad for param in tower))
-        if named and not said:
-            raise ValueError("expected no weights of the vision tower, got some (vision_changed=False)")
-        return said
+    @torch.no_grad()
+    def _is_equal(self, param: nn.Parameter, tensor: torch.Tensor) -> bool:
+        target = self._shadow.get(id(param), param)
+        return torch.equal(tensor.to(target), target)
 
     @property
     def shares(self) -> bool:

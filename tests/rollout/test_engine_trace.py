@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 
 from foveate.rollout.config import SamplingParams
 from foveate.rollout.engine import Engine
+from foveate.rollout.scheduler import Group
 from foveate.rollout.testing import tiny_model
-from foveate.rollout.types import Request, RolloutGroup, VisionInputs
+from foveate.rollout.types import Request, Rollout, RolloutGroup, VisionInputs
 
 NUM_PAGES = 16
 PAGE = 4
+SEEDS = (1, 2, 3, 4, 5)  # of the long traces
+FLOAT = 4  # bytes
 
 
 class Broken(Exception):
@@ -35,10 +38,14 @@ class Trace:
         self.mine: set[str] = set()  # added by hand, not ended
         self.ended: Counter[str] = Counter()
         self.streams: list[Iterator[RolloutGroup]] = []
-        self.breaks: dict[str, Callable[[], None]] = {}
+        self.drawn: dict[str, list[list[tuple[int, int]]]] = {}  # tokens of each sample at each update, its version
+        self.ended_under: dict[str, int] = {}  # version of the weights when they ended
+        self.hand_out, engine._hand_out = engine._hand_out, self.note_ended
+        self.num_mixed = 0  # rollouts of more than one version
         self.operations = {
-            self.add: 6, self.step: 12, self.abort: 2, self.update: 1, self.refused: 1,
-            self.break_step: 1, self.open_stream: 1, self.advance_stream: 3, self.abandon_stream: 1, self.generate: 1,
+            self.add: 6, self.step: 12, self.abort: 2, self.update: 1, self.bad_update: 1, self.torn_update: 1,
+            self.refused: 1, self.break_step: 1, self.open_stream: 1, self.advance_stream: 3, self.abandon_stream: 1,
+            self.generate: 1,
         }  # fmt: skip
 
     def run(self, count: int) -> None:
@@ -53,10 +60,33 @@ class Trace:
             self.check()
         assert set(self.ended.values()) <= {1}
         assert self.ended.keys() >= set(self.added), "each request ends exactly once"
-        report, stats = self.engine.memory_report(), self.engine.stats()
-        assert (report["kv_pages_used"], report["kv_used"], stats["running"], stats["waiting"]) == (0, 0, 0, 0)
+        stats = self.engine.stats()
+        assert (stats["running"], stats["waiting"]) == (0, 0)
         assert not self.engine._groups
         assert not self.engine._tree._by_identity
+        self.check_report()
+
+    def check_report(self) -> None:
+        """At the end all pages are free, and the cache has what its budget allows."""
+        engine, report = self.engine, self.engine.memory_report()
+        text = engine.model.config.get_text_config()
+        token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+        decoder = {id(p): p.nbytes for name, p in engine.model.named_parameters() if "visual" not in name}
+        cached = self.cached_bytes()
+        assert cached <= engine.config.vision_cache_memory
+        assert report == {
+            "kv_capacity": NUM_PAGES * PAGE * token * FLOAT, "kv_used": 0, "kv_pages": NUM_PAGES, "kv_pages_used": 0,
+            "vision_cache": cached, "shadow_weights": 0, "shared_weights": sum(decoder.values()),
+        }  # fmt: skip
+
+    def cached_bytes(self) -> int:
+        """Bytes of the features in the cache, by the images' sizes."""
+        vision = self.engine._runner.vision
+        sizes = {int(i.image_grid_thw.prod()) // 4 * self.engine.spec.hidden_size * FLOAT for i in self.images}
+        cached = [entry.features.nbytes for entry in vision._entries.values()] if vision else []
+        assert set(cached) <= sizes
+        assert len(cached) <= len(self.images)
+        return sum(cached)
 
     def request(self) -> Request:
         """Short prompts of few kinds, so that beginnings are shared; some with an image."""
@@ -83,8 +113,11 @@ class Trace:
             self.ended[group.request_id] += 1
             self.mine.discard(group.request_id)
             assert len(group.rollouts) == group.request.n
-            for rollout in group.rollouts:
+            last = self.ended_under.pop(group.request_id)
+            marks = self.drawn.pop(group.request_id, [[] for _ in group.rollouts])
+            for rollout, before in zip(group.rollouts, marks, strict=True):
                 count = len(rollout.token_ids)
+                self.check_versions(rollout, [*before, (count, last)])
                 assert count == len(rollout.logprobs) <= group.request.sampling.max_tokens
                 assert torch.isfinite(rollout.logprobs).all()
                 assert rollout.finish_reason in ("stop", "length", "abort", "error")
@@ -98,12 +131,79 @@ class Trace:
         if running:
             self.engine.abort(self.random.choice(running))
 
+    def check_versions(self, rollout: Rollout, found: list[tuple[int, int]]) -> None:
+        """The spans are those of the tokens that each update found. found: (tokens, version) there and at the end."""
+        start, expected = 0, []
+        for end, version in found if rollout.finish_reason != "error" else ():
+            expected += [(start, end, version)] if end > start else []
+            start = end
+        assert rollout.weight_versions == tuple(expected)
+        self.num_mixed += len(expected) > 1
+
+    def note_ended(self, groups: list[Group]) -> None:
+        """Streams and the engine may hold a group that ended until after the next update."""
+        self.ended_under |= {group.request_id: self.engine.weight_version for group in groups}
+        self.hand_out(groups)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """New ones, not far from the old ones."""
+        names = self.engine.model.state_dict()
+        return {name: tensor * self.random.uniform(0.99, 1.01) for name, tensor in names.items()}
+
+    def change(self, in_flight: str, **more: object) -> None:
+        """A complete update, by any way, of a kind of its own for unfinished requests."""
+        engine, new = self.engine, self.weights()
+        manifest = {name: (tensor.shape, tensor.dtype) for name, tensor in new.items()}
+        named, manifest = self.random.choice(
+            [((), None), (new, None), (list(new.items()), manifest), (iter(new.items()), None)]
+            + [(iter(new.items()), manifest)] * 2
+        )
+        drawn = {name: [len(s.token_ids) for s in group.sequences] for name, group in engine._groups.items()}
+        versions = engine.weight_version, engine.vision_version
+        engine.update_weights(named, manifest=manifest, in_flight=in_flight, **more)
+        assert engine.weight_version == versions[0] + 1
+        assert engine._groups.keys() == (drawn.keys() if in_flight == "keep" else set())
+        for name in engine._groups:
+            marks = self.drawn.setdefault(name, [[] for _ in drawn[name]])
+            for mark, count in zip(marks, drawn[name], strict=True):
+                mark.append((count, versions[0]))
+        if engine.vision_version > versions[1]:
+            assert engine.memory_report()["vision_cache"] == 0
+
     def update(self) -> None:
         if self.engine._groups:
             with pytest.raises(ValueError, match="unfinished requests"):
                 self.engine.update_weights()
+        self.change(self.random.choice(("abort", "keep", "keep")), vision_changed=self.random.choice((None, True)))
+
+    def bad_update(self) -> None:
+        """What is checked whole changes nothing when it is refused."""
+        before, new = self.engine.stats(), self.weights()
+        manifest = {name: (tensor.shape, tensor.dtype) for name, tensor in new.items()}
+        new.popitem()
+        for named, promised in ((new, None), (list(new.items()), manifest), (iter(new.items()), {**manifest, "x": ()})):
+            with pytest.raises(ValueError, match="expected"):
+                self.engine.update_weights(named, manifest=promised, in_flight="abort")
+        assert self.engine.stats() == before
+
+    def torn_update(self) -> None:
+        """A stream that breaks off: nothing runs until a complete update, and nothing is lost."""
+        engine, new = self.engine, list(self.weights().items())
+        in_flight = self.random.choice(("abort", "keep"))
+        before, version = set(engine._groups), engine.weight_version
+        manifest = {name: (tensor.shape, tensor.dtype) for name, tensor in new} if self.random.random() < 0.5 else None
+        with pytest.raises(ValueError, match="missing"):
+            engine.update_weights(iter(new[: self.random.randrange(len(new))]), manifest=manifest, in_flight=in_flight)
+        assert (set(engine._groups), engine.weight_version) == (before if in_flight == "keep" else set(), version)
         if self.random.random() < 0.5:
-            self.engine.update_weights(in_flight="abort", vision_changed=self.random.random() < 0.5)
+            self.add()
+        for refused in (engine.step, lambda: engine.generate([self.request()], progress=False)):
+            with pytest.raises(ValueError, match="expected a complete update_weights"):
+                refused()
+        if self.random.random() < 0.5:
+            self.abort()
+        self.check()
+        self.change("keep")
 
     def refused(self) -> None:
         before = self.engine.stats()
@@ -171,6 +271,11 @@ class Trace:
         assert unfinished == engine._groups.keys()
         waiting = {group.request_id for group in engine._outbox}
         assert self.mine <= engine._groups.keys() | waiting, "no request is lost"
+        features = {key: f for segment in segments for key, f in segment.features.items()}
+        cached = {key: entry.features for key, entry in engine._runner.vision._entries.items()} if features else {}
+        assert all(f.data_ptr() == cached[key].data_ptr() for key, f in features.items()), "no byte is held uncounted"
+        held_bytes = sum(feature.nbytes for feature in features.values())
+        assert report["vision_cache"] == self.cached_bytes() <= max(engine.config.vision_cache_memory, held_bytes)
         stats = engine.stats()
         assert stats["finished"] + stats["failed"] + len(engine._groups) >= len(self.added)
 
@@ -215,11 +320,14 @@ def test_random_operations(family, seed, trace):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
 def test_ten_thousand_random_operations(family, trace):
-    life = trace(family, 1)
-    life.run(10_000)
-    stats = life.engine.stats()
-    assert stats["preempted"] > 50
-    assert stats["requests"] > 2_000
+    lives = [trace(family, seed) for seed in SEEDS]
+    for life in lives:
+        life.run(10_000 // len(SEEDS))
+    totals = {name: sum(life.engine.stats()[name] for life in lives) for name in lives[0].engine.stats()}
+    assert totals["preempted"] > 50
+    assert totals["requests"] > 2_000
+    assert totals["weight_version"] > 500
+    assert sum(life.num_mixed for life in lives) > 100
 
 
 @pytest.mark.parametrize("name", ["prefill", "first_tokens", "decode"])

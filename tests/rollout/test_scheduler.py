@@ -2,198 +2,16 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.rollout.config import EngineConfig, SamplingParams
-from foveate.rollout.pages import PagePool
-from foveate.rollout.processor import Prompt
-from foveate.rollout.scheduler import Batch, Group, Scheduler, Sequence
-from foveate.rollout.segments import SegmentTree
-from foveate.rollout.types import Request
+from foveate.rollout.config import EngineConfig
+from foveate.rollout.scheduler import Batch, Group, Sequence
+from foveate.testing.schedules import Driver, group_of, least_pages, scheduler_of
 
-NO_BANS = torch.zeros(0, dtype=torch.bool)
 VERSIONS = (0, 0)
-
-
-def group_of(name: str, lengths: list[int], n: int, max_tokens: int, token: int = 0) -> Group:
-    """A group whose prompt has segments of these lengths, all of one token id."""
-    total = sum(lengths)
-    ends = tuple(torch.tensor(lengths).cumsum(0).tolist())
-    prompt = Prompt(torch.full((total,), token), torch.arange(total).expand(3, -1), total, (), ends)
-    request = Request([token], n=n, sampling=SamplingParams(max_tokens=max_tokens))
-    group = Group(request, name, prompt, max_tokens, frozenset(), NO_BANS, NO_BANS)
-    group.sequences = [Sequence(group, seed=index) for index in range(n)]
-    return group
-
-
-def scheduler_of(num_pages: int, page_size: int = 2, **config: int) -> Scheduler:
-    return Scheduler(EngineConfig(page_size=page_size, **config), SegmentTree(PagePool(num_pages), page_size))
-
-
-def pages(tokens: int, page_size: int) -> int:
-    return (tokens + page_size - 1) // page_size
-
-
-def lengths_of(group: Group) -> list[int]:
-    return [stop - start for start, stop in zip((0, *group.prompt.boundaries), group.prompt.boundaries, strict=False)]
-
-
-def paths_of(group: Group) -> list[tuple[int, ...]]:
-    """What tells one prompt segment from another here: the token id, and where it and those above it end."""
-    prompt = group.prompt
-    return [(int(prompt.token_ids[0]), *prompt.boundaries[: index + 1]) for index in range(len(prompt.boundaries))]
-
-
-def least_pages(group: Group, page_size: int) -> int:
-    """What it takes to run: the prompt, and a first page for each sample or all pages of one."""
-    fed = group.max_tokens - 1
-    first = len(group.sequences) * pages(min(fed, 1), page_size)
-    return sum(pages(length, page_size) for length in lengths_of(group)) + max(first, pages(fed, page_size))
-
-
-class Driver:
-    """Stands for engine and runner: stores tokens, draws them, stops samples at random, and keeps a book."""
-
-    def __init__(self, scheduler: Scheduler, seed: int = 0, stop_chance: float = 0.0):
-        self.scheduler = scheduler
-        self.random = random.Random(seed)
-        self.stop_chance = stop_chance
-        self.unfinished: list[Group] = []  # in order of arrival
-        self.seen: set[Group] = set()  # admitted at some time
-        self.ended: list[Group] = []
-
-    def add(self, *groups: Group) -> None:
-        for group in groups:
-            self.scheduler.add(group)
-            self.unfinished.append(group)
-
-    @property
-    def order(self) -> list[Sequence]:
-        return [s for group in self.unfinished for s in group.sequences if s.finish_reason is None]
-
-    @property
-    def size(self) -> int:
-        return self.scheduler.tree.page_size
-
-    def step(self) -> Batch:
-        free, preempted = self.scheduler.tree.pool.num_free, self.scheduler.num_preempted
-        before = [s for s in self.order if s.leaf is not None]
-        ready = [s for s in before if s.token_ids and is_stored(s)]
-        needed = sum(s.leaf.length == len(s.leaf.pages) * self.size for s in ready)
-        batch = self.scheduler.next(VERSIONS)
-        running = [s for s in self.order if s.leaf is not None]
-        assert running == self.scheduler.running == self.order[: len(running)], "who runs is a beginning of the order"
-        assert running[:1] == self.order[:1], "the oldest goes on"
-        assert len(running) <= self.scheduler.config.max_sequences
-        assert batch.decodes == [s for s in ready if s.leaf is not None]
-        assert self.scheduler.num_preempted == preempted or needed > free, "nothing is taken without need"
-        self.check_pages()
-        self.check_leaves(running)
-        self.store(batch, running)
-        self.check_waiting(batch, running)
-        for sequence in (*batch.decodes, *batch.firsts):
-            self.draw(sequence)
-        self.retire()
-        return batch
-
-    def store(self, batch: Batch, running: list[Sequence]) -> None:
-        for sequence in batch.decodes:
-            leaf = sequence.leaf
-            assert leaf.length == len(sequence.token_ids) - 1 < len(leaf.pages) * self.size
-            leaf.length += 1
-        for segment, start, stop in batch.chunks:
-            assert segment.length == start < stop <= segment.span[1] - segment.span[0] <= len(segment.pages) * self.size
-            assert segment.parent is None or not segment.parent.num_missing, "parents go before children"
-            segment.length = stop
-        assert sum(stop - start for _, start, stop in batch.chunks) <= self.scheduler.config.max_batch_tokens
-        assert batch.firsts == [s for s in running if not s.token_ids and is_stored(s)]
-
-    def check_waiting(self, batch: Batch, running: list[Sequence]) -> None:
-        """The budget is used up, or all that runs is stored and the first that waits has a reason."""
-        config, tree = self.scheduler.config, self.scheduler.tree
-        if sum(stop - start for _, start, stop in batch.chunks) == config.max_batch_tokens:
-            return
-        assert all(map(is_stored, set(running) - set(batch.decodes)))
-        waiting = self.order[len(running) :]
-        if not waiting:
-            return
-        group = waiting[0].group
-        fresh = group not in self.seen
-        samples = [s for s in waiting if s.group is group] if fresh else waiting[:1]
-        held = {path for g in self.unfinished if g.path for path in paths_of(g)}
-        lengths = zip(paths_of(group), lengths_of(group), strict=True)
-        wanted = sum(pages(length, tree.page_size) for path, length in lengths if path not in held)
-        wanted += sum(pages(min(max(len(s.token_ids), 1), group.max_tokens - 1), tree.page_size) for s in samples)
-        wanted += 0 if fresh else len(running)
-        assert wanted > tree.pool.num_free or len(running) + len(samples) > config.max_sequences
-
-    def check_pages(self) -> None:
-        """Pages in use are those of the segments that groups and samples hold."""
-        self.seen |= {group for group in self.unfinished if group.path}
-        held = {segment for group in self.unfinished for segment in group.path}
-        held |= {s.leaf for group in self.unfinished for s in group.sequences if s.leaf is not None}
-        used = [page for segment in held for page in segment.pages]
-        assert len(used) == len(set(used)) == self.scheduler.tree.pool.num_used
-
-    def check_leaves(self, running: list[Sequence]) -> None:
-        for sequence in running:
-            leaf, stored = sequence.leaf, max(len(sequence.token_ids) - 1, 0)
-            assert leaf.parent is sequence.group.path[-1]
-            assert len(leaf.pages) == pages(min(stored + 1, sequence.group.max_tokens - 1), self.size)
-            if leaf.prompt is not None:  # its pages were taken once
-                count = leaf.span[1]
-                assert leaf.source.token_ids.tolist() == sequence.token_ids[:count]
-                assert (
-                    leaf.source.positions.tolist()
-                    == [[sequence.group.prompt.next_position + i for i in range(count)]] * 3
-                )
-
-    def draw(self, sequence: Sequence) -> None:
-        sequence.token_ids.append(self.random.randrange(100))
-        if len(sequence.token_ids) == sequence.group.max_tokens:
-            sequence.finish_reason = "length"
-        elif self.random.random() < self.stop_chance:
-            sequence.finish_reason = "stop"
-
-    def retire(self) -> None:
-        expected = [group for group in self.unfinished if all(s.finish_reason for s in group.sequences)]
-        ended = self.scheduler.retire()
-        assert sorted(map(id, ended)) == sorted(map(id, expected)), "each group ends once, with its last sample"
-        self.leave(ended)
-        self.check_pages()
-
-    def leave(self, groups: list[Group]) -> None:
-        self.unfinished = [group for group in self.unfinished if group not in groups]
-        self.ended += groups
-        assert all(not group.path and all(s.leaf is None for s in group.sequences) for group in groups)
-
-    def abort(self, group: Group) -> None:
-        for sequence in group.sequences:
-            sequence.finish_reason = sequence.finish_reason or "abort"
-        if self.scheduler.remove(group):
-            self.leave([group])
-        self.retire()
-
-    def finish(self, limit: int = 5000) -> None:
-        for _ in range(limit):  # far more than the tokens of all groups, each computed a few times
-            if not self.scheduler.has_unfinished:
-                break
-            self.step()
-        assert not self.unfinished
-        assert not self.scheduler.has_unfinished
-        assert self.scheduler.tree.pool.num_used == 0
-
-
-def is_stored(sequence: Sequence) -> bool:
-    """Whether the prompt and all drawn tokens but the last have their keys."""
-    path = sequence.group.path
-    prompt = bool(path) and [segment.length for segment in path] == lengths_of(sequence.group)
-    return prompt and sequence.leaf is not None and sequence.leaf.length == max(len(sequence.token_ids) - 1, 0)
 
 
 @settings(max_examples=150, deadline=None)
@@ -203,10 +21,14 @@ def is_stored(sequence: Sequence) -> bool:
     max_sequences=st.sampled_from([1, 2, 5, 100]),
     max_batch_tokens=st.sampled_from([1, 3, 6, 12, 100]),
     stop_chance=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    update_chance=st.sampled_from([0.0, 0.3, 0.9]),
     seed=st.integers(0, 2**16),
 )
-def test_any_schedule(page_size, num_pages, max_sequences, max_batch_tokens, stop_chance, seed):
-    """Groups come while others run; prompts share beginnings; samples stop early; some are aborted at any time."""
+def test_any_schedule(page_size, num_pages, max_sequences, max_batch_tokens, stop_chance, update_chance, seed):
+    """Groups come while others run; prompts share beginnings; samples stop early; some are aborted at any time.
+
+    Weights change while they run.
+    """
     scheduler = scheduler_of(num_pages, page_size, max_sequences=max_sequences, max_batch_tokens=max_batch_tokens)
     driver = Driver(scheduler, seed, stop_chance)
     draw = driver.random
@@ -226,6 +48,8 @@ def test_any_schedule(page_size, num_pages, max_sequences, max_batch_tokens, sto
                 driver.step()
         if driver.unfinished and draw.random() < 0.3:
             driver.abort(draw.choice(driver.unfinished))
+        if draw.random() < update_chance:
+            driver.keep()
     driver.finish()
     assert sorted(map(id, driver.ended)) == sorted(map(id, accepted))
     drawn = [s for group in driver.ended for s in group.sequences if s.finish_reason != "abort"]
@@ -391,8 +215,54 @@ def test_hundreds_of_groups_in_flight(num_pages):
     assert driver.scheduler.num_preempted > 0
 
 
+def test_samples_that_an_update_throws_out_come_back_on_a_new_prompt():
+    """Pages of 2: a prompt of one page, samples of up to 5. Two of four keep theirs; the others wait for both."""
+    driver = Driver(scheduler_of(12))
+    group, later = group_of("", [2], 4, 11), group_of("", [2], 1, 3)
+    driver.add(group, later)
+    driver.step()
+    assert driver.scheduler.running == [*group.sequences, *later.sequences]
+    driver.keep()
+    assert driver.scheduler.running == group.sequences[:2]
+    assert (list(driver.scheduler.waiting), driver.scheduler.num_preempted) == ([group, later], 3)
+    old = group.path[0]
+    while group.sequences[0].leaf is not None:
+        assert driver.step().chunks == []
+    batch = driver.step()
+    assert group.path[0] is not old
+    assert spans_of(batch) == [(0, 2)], "the prompt, and of each sample the one token that it feeds next"
+    assert driver.scheduler.running == [*group.sequences[2:], *later.sequences]
+    driver.finish()
+
+
+def test_a_prompt_that_nobody_runs_on_is_not_kept():
+    """Of samples that take turns the first ones have just ended: what waits starts on a prompt of the new weights."""
+    driver = Driver(scheduler_of(7))
+    group = group_of("", [2], 4, 12)
+    driver.add(group)
+    while not group.sequences[0].finish_reason or driver.scheduler.running:
+        driver.step()
+    old = group.path[0]
+    driver.keep()
+    assert (group.path, group.kept_versions, old.pages) == ([], [], [])
+    assert spans_of(driver.step())[0] == (0, 2)
+    driver.finish()
+
+
+def test_features_at_an_update():
+    driver = Driver(scheduler_of(12, max_batch_tokens=2))
+    group = group_of("", [2, 2], 1, 3)
+    driver.add(group)
+    driver.step()
+    for changes_vision, left in ((False, 1), (True, 0)):
+        group.path[1].features = {b"image": torch.zeros(2, 1, 8)}
+        driver.scheduler.keep(0, changes_vision)
+        assert len(group.path[1].features) == left
+
+
 def test_an_empty_scheduler():
     scheduler = scheduler_of(1)
+    scheduler.keep(0, changes_vision=True)
     batch = scheduler.next(VERSIONS)
     assert (batch.chunks, batch.decodes, batch.firsts) == ([], [], [])
     assert (scheduler.retire(), scheduler.has_unfinished) == ([], False)

@@ -162,8 +162,8 @@ def test_unfinished_requests_at_an_update(make_engine, requests):
     prefilled = engine.stats()["prefilled_tokens"]
     with pytest.raises(ValueError, match=r"expected no unfinished requests, got 3.*request-0.*in_flight"):
         engine.update_weights()
-    with pytest.raises(ValueError, match=r"'error' or 'abort', got 'keep' \(in_flight\)"):
-        engine.update_weights(in_flight="keep")
+    with pytest.raises(ValueError, match=r"one of \('error', 'abort', 'keep'\), got 'pause' \(in_flight\)"):
+        engine.update_weights(in_flight="pause")
     assert engine.weight_version == 0
     train_step(model)
     engine.update_weights(in_flight="abort")

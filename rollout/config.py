@@ -2,18 +2,100 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 
-from foveate.kernels.dispatch import check_request, require
+from foveate.kernels.dispatch import check_request
 
 MIB = 1 << 20
 FLOAT32 = torch.finfo(torch.float32)  # what a parameter becomes
 
 
-def _is_id_sequence(ids: object) -> bool:
-    return isinstance(ids, (tuple, list)) and all(isinstance(i, int) and i >= 0 for i in ids)
+class _Short(reprlib.Repr):
+    """repr() of a bounded length, also of values whose own repr() fails."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 200
+        self.maxlong = 60
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 8
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"an int of {x.bit_length()} bits"
+
+
+_SHORT = _Short()
+
+
+def shown(value: object) -> str:
+    """The value as error messages show it: its repr, cut to a few hundred characters."""
+    return cut(_SHORT.repr(value))
+
+
+def cut(text: object) -> str:
+    """str(text), an error for instance, cut to a few hundred characters."""
+    text = str(text)
+    return text if len(text) <= 400 else f"{text[:397]}..."
+
+
+def require(condition: bool, expected: str, got: object, argument: str) -> None:
+    """Raises `ValueError("expected ..., got ... (argument)")` unless condition holds; a long value is cut."""
+    if not condition:
+        raise ValueError(f"expected {expected}, got {shown(got)} ({argument})")
+
+
+def is_int(value: object) -> bool:
+    """An int that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """An int or float, NaN and infinities among them, that is no bool."""
+    return isinstance(value, float) or is_int(value)
+
+
+def _plain_scalars(config: Any) -> None:
+    """Scalars of numpy, as its generators and arrays give them, become Python's."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, np.generic):
+            object.__setattr__(config, field.name, value.item())
+
+
+def _ids(ids: object, argument: str) -> tuple[int, ...]:
+    """A tuple of its own: a caller may change a list while its request waits."""
+    if isinstance(ids, (tuple, list)):
+        ids = tuple(i.item() if isinstance(i, np.integer) else i for i in ids)
+    ok = isinstance(ids, tuple) and all(is_int(i) and i >= 0 for i in ids)
+    require(ok, "a tuple of ints >= 0", ids, argument)
+    return ids  # type: ignore[return-value]
+
+
+def _biases(biases: object) -> tuple[tuple[int, float], ...] | None:
+    """(id, bias) by ascending id."""
+    if biases is None:
+        return None
+    pairs = tuple(biases.items()) if isinstance(biases, Mapping) else biases
+    expected = "{id: bias} or (id, bias) pairs"
+    require(isinstance(pairs, (tuple, list)), expected, biases, "logit_bias")
+    plain = []
+    for pair in pairs:  # type: ignore[attr-defined]
+        require(isinstance(pair, (tuple, list)) and len(pair) == 2, expected, pair, "logit_bias")
+        token, bias = (x.item() if isinstance(x, np.generic) else x for x in pair)
+        require(is_int(token) and token >= 0, "ids >= 0", token, "logit_bias")
+        finite = is_number(bias) and abs(bias) <= FLOAT32.max
+        require(finite, "finite biases (to never draw an id use banned_token_ids)", bias, "logit_bias")
+        plain.append((token, float(bias)))
+    twice = len({token for token, _ in plain}) < len(plain)
+    require(not twice, "each id once", biases, "logit_bias")
+    return tuple(sorted(plain))
 
 
 @dataclass(frozen=True)
@@ -27,6 +109,12 @@ class SamplingParams:
     stop: strings that end a completion once they appear in its text. seed: any int, taken modulo 2^64;
     None derives one from EngineConfig.seed and the number of requests added before.
     allowed_token_ids: when given, nothing else is drawn. banned_token_ids: never drawn.
+
+    The rest changes the logits themselves, before the temperature, in this order. logit_bias: finite numbers to
+    add, by id. repetition_penalty: > 0; logits of ids in prompt (image placeholders too) or completion are divided by
+    it if positive, else multiplied. frequency_penalty, presence_penalty: finite; subtracted from the logits of ids of
+    the completion, the former once for each time the id came. With any of them `logprobs`, `log_kept` and `entropy`
+    are of the changed distribution, the one that is sampled, and no longer those of the model's own forward.
     """
 
     temperature: float = 1.0
@@ -41,45 +129,52 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     banned_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        t = self.temperature
-        require(t == 0 or 1e-4 <= t <= FLOAT32.max, "temperature 0 or in [1e-4, 3.4e38]", t, "temperature")
-        require(FLOAT32.tiny <= self.top_p <= 1, "0 < top_p <= 1", self.top_p, "top_p")
-        top_k = self.top_k
-        require(isinstance(top_k, int) and 0 <= top_k < 1 << 31, "an int >= 0, below 2^31", top_k, "top_k")
-        require(0 <= self.min_p <= 1, "0 <= min_p <= 1", self.min_p, "min_p")
-        require(
-            isinstance(self.max_tokens, int) and self.max_tokens >= 1,
-            "an int >= 1",
-            self.max_tokens,
-            "max_tokens",
-        )
-        require(
-            0 <= self.min_tokens <= self.max_tokens,
-            "0 <= min_tokens <= max_tokens",
-            self.min_tokens,
-            "min_tokens",
-        )
-        require(self.seed is None or isinstance(self.seed, int), "an int or None", self.seed, "seed")
-        require(
-            isinstance(self.stop, (tuple, list)) and all(isinstance(s, str) and s for s in self.stop),
-            "non-empty strings",
-            self.stop,
-            "stop",
-        )
+        _plain_scalars(self)
+        self._check_numbers()
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        strings = isinstance(stop, (tuple, list)) and all(isinstance(s, str) and s for s in stop)
+        require(strings, "non-empty strings", stop, "stop")
+        own: dict[str, Any] = {"stop": tuple(stop), "logit_bias": _biases(self.logit_bias)}
         for name in ("stop_token_ids", "banned_token_ids"):
-            ids = getattr(self, name)
-            require(_is_id_sequence(ids), "a tuple of ints >= 0", ids, name)
-        allowed = self.allowed_token_ids
-        require(
-            allowed is None or (_is_id_sequence(allowed) and len(allowed) > 0),
-            "None or a non-empty tuple of ints >= 0",
-            allowed,
-            "allowed_token_ids",
-        )
+            own[name] = _ids(getattr(self, name), name)
+        if self.allowed_token_ids is not None:
+            own["allowed_token_ids"] = ids = _ids(self.allowed_token_ids, "allowed_token_ids")
+            require(len(ids) > 0, "None or a non-empty tuple of ints >= 0", ids, "allowed_token_ids")
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+
+    def _check_numbers(self) -> None:
+        t = self.temperature
+        in_range = is_number(t) and (t == 0 or 1e-4 <= t <= FLOAT32.max)
+        require(in_range, "temperature 0 or in [1e-4, 3.4e38]", t, "temperature")
+        p, k, m = self.top_p, self.top_k, self.min_p
+        require(is_number(p) and FLOAT32.tiny <= p <= 1, "0 < top_p <= 1", p, "top_p")
+        require(is_int(k) and 0 <= k < 1 << 31, "an int >= 0, below 2^31", k, "top_k")
+        require(is_number(m) and 0 <= m <= 1, "0 <= min_p <= 1", m, "min_p")
+        most, least = self.max_tokens, self.min_tokens
+        require(is_int(most) and 1 <= most < 1 << 31, "an int >= 1, below 2^31", most, "max_tokens")
+        require(is_int(least) and 0 <= least <= most, "an int, 0 <= min_tokens <= max_tokens", least, "min_tokens")
+        require(self.seed is None or is_int(self.seed), "an int or None", self.seed, "seed")
+        require(isinstance(self.ignore_eos, bool), "True or False", self.ignore_eos, "ignore_eos")
+        r = self.repetition_penalty
+        in_range = is_number(r) and FLOAT32.tiny <= r <= FLOAT32.max
+        require(in_range, "a finite number > 0", r, "repetition_penalty")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            require(is_number(value) and abs(value) <= FLOAT32.max, "a finite number", value, name)
+
+    @cached_property
+    def adjustments(self) -> tuple[str, ...]:
+        """Names of the parameters that make the sampled distribution another than the model's own."""
+        off = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+        names = tuple(name for name, value in off.items() if getattr(self, name) != value)
+        return (*names, "logit_bias") if self.logit_bias else names
 
 
 @dataclass(frozen=True)
@@ -90,7 +185,8 @@ class PruneConfig:
     keep: float = 0.5
 
     def __post_init__(self) -> None:
-        require(0 < self.keep <= 1, "0 < keep <= 1", self.keep, "keep")
+        require(isinstance(self.method, str), "a str", self.method, "method")
+        require(is_number(self.keep) and 0 < self.keep <= 1, "0 < keep <= 1", self.keep, "keep")
 
 
 @dataclass(frozen=True)
@@ -106,7 +202,8 @@ class EngineConfig:
     vision-token pruning. ban_vision_tokens: never draw image, video and vision pads or ids beyond the tokenizer.
     decode_burst: decode steps between two looks at the drawn ids where the backend runs on a GPU stream; the
     reference backend looks after each. fuse: one buffer for q, k, v and one for
-    gate, up, into which the module's own parameters are re-pointed. deterministic: bitwise reproducible.
+    gate, up, into which the module's own parameters are re-pointed. deterministic: a request's results and `score` have
+    the same bits in any batch and order, with any budget of tokens and pages; on the CPU, for one number of threads.
     """
 
     device: str | torch.device | None = None
@@ -126,21 +223,31 @@ class EngineConfig:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
+        _plain_scalars(self)
+        require(self.backend is None or isinstance(self.backend, str), "a str or None", self.backend, "backend")
         check_request(self.backend)
         for name in ("page_size", "max_batch_tokens", "max_sequences", "decode_burst"):
             value = getattr(self, name)
-            require(isinstance(value, int) and value >= 1, "an int >= 1", value, name)
-        require(self.vision_cache_memory >= 0, "bytes >= 0", self.vision_cache_memory, "vision_cache_memory")
-        require(self.kv_memory is None or self.kv_memory > 0, "bytes > 0 or None", self.kv_memory, "kv_memory")
-        require(
-            self.max_context is None or self.max_context >= 2,
-            "tokens >= 2 or None",
-            self.max_context,
-            "max_context",
-        )
-        require(
-            self.dtype is None or self.dtype.is_floating_point,
-            "a floating dtype or None",
-            self.dtype,
-            "dtype",
-        )
+            require(is_int(value) and value >= 1, "an int >= 1", value, name)
+        for name, least, unit in (("kv_memory", 1, "bytes > 0"), ("max_context", 2, "tokens >= 2")):
+            value = getattr(self, name)
+            require(value is None or (is_int(value) and value >= least), f"{unit}, an int, or None", value, name)
+        memory = self.vision_cache_memory
+        require(is_int(memory) and memory >= 0, "bytes >= 0, an int", memory, "vision_cache_memory")
+        require(is_int(self.seed), "an int", self.seed, "seed")
+        for name in ("ban_vision_tokens", "fuse", "deterministic"):
+            require(isinstance(getattr(self, name), bool), "True or False", getattr(self, name), name)
+        floating = isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point
+        require(self.dtype is None or floating, "a floating dtype or None", self.dtype, "dtype")
+        pruned = self.prune is None or isinstance(self.prune, PruneConfig)
+        require(pruned, "a PruneConfig or None", self.prune, "prune")
+        require(_is_device(self.device), "a device of torch or None", self.device, "device")
+
+
+def _is_device(device: object) -> bool:
+    if device is None or isinstance(device, torch.device):
+        return True
+    try:
+        return isinstance(device, str) and bool(torch.device(device))
+    except RuntimeError:  # torch's way to say that it knows no such name
+        return False

@@ -7,7 +7,7 @@ import logging
 import torch
 
 from foveate.kernels.sampling import request_seed, sample_seed
-from foveate.rollout.config import EngineConfig, require
+from foveate.rollout.config import EngineConfig, SamplingParams, cut, require, shown
 from foveate.rollout.models.spec import ModelSpec
 from foveate.rollout.processor import Prompt, PromptProcessor
 from foveate.rollout.scheduler import Group, Sequence
@@ -15,6 +15,7 @@ from foveate.rollout.text import TextDecoder
 from foveate.rollout.types import Request
 
 logger = logging.getLogger(__name__)
+ID_FIELDS = ("stop_token_ids", "allowed_token_ids", "banned_token_ids")
 
 
 class Intake:
@@ -37,12 +38,12 @@ class Intake:
     def admit(self, request: Request, request_id: str) -> Group:
         """A group without seeds yet."""
         sampling = request.sampling
+        limit = self.config.max_sequences
+        require(request.n <= limit, f"n <= max_sequences = {limit}", request.n, "n")
+        self._check_ids(sampling)
+        self._check_stop(sampling.stop)
         prompt = self._prepare(request)
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
-        for name in ("stop_token_ids", "allowed_token_ids", "banned_token_ids"):
-            if beyond := [i for i in getattr(sampling, name) or () if i >= self.spec.vocab_size]:
-                raise ValueError(f"expected ids < {self.spec.vocab_size}, got {beyond} ({name})")
-        self._check_stop(sampling.stop)
         banned = self._banned(request)
         group = Group(
             request=request,
@@ -72,7 +73,17 @@ class Intake:
         except ValueError:
             raise
         except Exception as error:  # of a tokenizer, chat template or image processor: what they raise is theirs
-            raise ValueError(f"expected a prompt that the processor can read, got {error!r} (prompt)") from error
+            raise ValueError(
+                f"expected a prompt that the processor can read, got {cut(repr(error))} (prompt)"
+            ) from error
+
+    def _check_ids(self, sampling: SamplingParams) -> None:
+        size = self.spec.vocab_size
+        ids = {name: getattr(sampling, name) or () for name in ID_FIELDS}
+        ids["logit_bias"] = [token for token, _ in sampling.logit_bias or ()]
+        for name, tokens in ids.items():
+            beyond = [i for i in tokens if i >= size]
+            require(not beyond, f"ids < {size}", beyond, name)
 
     def _check_stop(self, stop: tuple[str, ...]) -> None:
         tokenizer = self.processor.tokenizer
@@ -81,7 +92,7 @@ class Intake:
         for text in stop:
             special = [token for token in getattr(tokenizer, "all_special_tokens", ()) if token in text]
             if special:
-                raise ValueError(f"expected stop_token_ids for the special tokens {special}, got {text!r} (stop)")
+                raise ValueError(f"expected stop_token_ids for the special tokens {special}, got {shown(text)} (stop)")
 
     def _banned(self, request: Request) -> torch.Tensor:
         sampling, banned = request.sampling, self.banned

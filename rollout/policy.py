@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from foveate.kernels.policy_loss import LinearLogprobs, linear_logprobs
+from foveate.rollout.config import require
 from foveate.rollout.models import ModelSpec
-from foveate.rollout.types import Rollout, RolloutGroup
+from foveate.rollout.types import Request, Rollout, RolloutGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +50,11 @@ def policy_logprobs(spec: ModelSpec, samples: Sequence[Sample]) -> LinearLogprob
 
     Each float32 [N], the samples' completions one after another; T is the request's temperature, 1 for 0. The images
     of a group pass the vision tower once however many of its samples are here, and gradients reach the tower. Token t
-    of a completion stands at group.next_position + t in every plane. Raises ValueError for a pruned group.
+    of a completion stands at group.next_position + t in every plane. Raises ValueError for a pruned group, and for
+    one whose request has penalties or biases.
     """
     for sample in samples:
+        check_trainable(sample.group.request, sample.group.request_id)
         if sample.group.keep is not None:
             raise ValueError(f"expected a group without pruning, got a KeepPlan (request {sample.group.request_id!r})")
     batch = pad(samples, spec.lm_head.weight.device)
@@ -66,6 +69,13 @@ def policy_logprobs(spec: ModelSpec, samples: Sequence[Sample]) -> LinearLogprob
     chosen = hidden[batch.rows, batch.columns]  # [N, hidden]
     head = spec.lm_head
     return linear_logprobs(chosen, head.weight, batch.targets, temperature=batch.temperatures, bias=head.bias)
+
+
+def check_trainable(request: Request, name: str) -> None:
+    """ValueError for penalties and biases: their log-probs are not those of the model, which is what is trained."""
+    for parameter in request.sampling.adjustments:
+        value = getattr(request.sampling, parameter)
+        require(False, f"request {name!r} to be sampled from the model's own logits", value, parameter)
 
 
 def pad(samples: Sequence[Sample], device: torch.device | str = "cpu") -> PaddedBatch:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 
-from foveate.rollout.images import content_hash, load_image
+from foveate.rollout.config import cut, require, shown
+from foveate.rollout.images import content_hash, load_image, split_images
+from foveate.rollout.messages import lift_images
 from foveate.rollout.models.spec import VisionSpec
 from foveate.rollout.types import Request, VisionInputs
 
@@ -55,7 +56,7 @@ class PromptProcessor:
 
     def __init__(self, processor: Any, vision: VisionSpec | None, vocab_size: int):
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.image_processor = getattr(processor, "image_processor", None)
+        self.image_processor: Any = getattr(processor, "image_processor", None)
         self.template = processor if getattr(processor, "chat_template", None) else self.tokenizer
         self.vision = vision
         self.vocab_size = vocab_size
@@ -67,7 +68,7 @@ class PromptProcessor:
         grids, pixels = self._split_images(vision)
         tokens = [int(grid.prod()) // self.vision.merge_size**2 for grid in grids] if self.vision else []
         if isinstance(prompt, str):
-            ids = self._expand(self.tokenizer(prompt, add_special_tokens=_is_plain_text(request))["input_ids"], tokens)
+            ids = self._expand(self._tokenize(prompt, _is_plain_text(request)), tokens)
         else:
             # A copy: the caller may write to its tensor while the request waits.
             ids = torch.as_tensor(prompt, dtype=torch.int64, device="cpu").clone()
@@ -86,20 +87,25 @@ class PromptProcessor:
         if isinstance(prompt, (np.ndarray, torch.Tensor)):
             if prompt.ndim != 1 or not _is_integer(prompt):
                 raise ValueError(f"expected integer ids [P], got {prompt.dtype} {list(prompt.shape)} (prompt)")
+            if isinstance(prompt, np.ndarray) and prompt.size:
+                self._check_range(int(prompt.min()), int(prompt.max()))  # an unsigned one may not fit into int64
             return prompt if isinstance(prompt, torch.Tensor) else prompt.tolist(), images
-        if not isinstance(prompt, (str, Sequence)) or isinstance(prompt, (bytes, bytearray)) or len(prompt) == 0:
-            raise ValueError(
-                f"expected text, chat messages or token ids, got {type(prompt).__name__} of length 0 or none (prompt)"
-            )
+        if not isinstance(prompt, (str, Sequence)) or isinstance(prompt, (bytes, bytearray, memoryview)):
+            raise ValueError(f"expected text, chat messages or token ids, got {type(prompt).__name__} (prompt)")
+        if len(prompt) == 0:
+            got = f"{type(prompt).__name__} of length 0"
+            raise ValueError(f"expected text, chat messages or token ids, got {got} (prompt)")
         if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
-            if not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in prompt):
-                raise ValueError("expected token ids to be ints, got other items (prompt)")
+            for index, token in enumerate(prompt):
+                is_int = isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+                require(is_int, "token ids to be ints", token, f"prompt[{index}]")
+            self._check_range(min(prompt), max(prompt))
             return prompt, images
         if self.tokenizer is None:
             raise ValueError("expected token ids, because the engine has no tokenizer, got text (prompt)")
         if isinstance(prompt, str):
             return prompt, images
-        messages, embedded = _lift_images(prompt)
+        messages, embedded = lift_images(prompt)
         if embedded and (images or request.vision is not None):
             also = f"{len(images)} in images" if images else "vision"
             raise ValueError(f"expected images in one place, got {len(embedded)} in the messages and {also} (images)")
@@ -108,8 +114,14 @@ class PromptProcessor:
     def _render(self, messages: list[dict], generation: bool) -> str:
         try:
             return self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except (jinja2.TemplateError, ValueError) as error:
-            raise ValueError(f"expected messages that the chat template accepts, got: {error} (prompt)") from error
+        except Exception as error:  # templates run on whatever messages hold, and may raise on their own
+            raise ValueError(f"expected messages that the chat template accepts, got: {cut(error)} (prompt)") from error
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        try:
+            return self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        except Exception as error:  # whatever a tokenizer raises concerns this request alone
+            raise ValueError(f"expected text that the tokenizer encodes, got: {cut(repr(error))} (prompt)") from error
 
     def _process_images(self, images: list[Any]) -> VisionInputs | None:
         if not images:
@@ -118,11 +130,19 @@ class PromptProcessor:
             raise ValueError(f"expected no images for a text model, got {len(images)} (images)")
         if self.image_processor is None:
             raise ValueError("expected VisionInputs, because the engine has no image processor, got images (images)")
-        outputs = [self.image_processor(images=[load_image(image)], return_tensors="pt") for image in images]
+        outputs = [self._process_image(image, f"images[{index}]") for index, image in enumerate(images)]
         return VisionInputs(
             torch.cat([output["pixel_values"] for output in outputs]),
             torch.cat([output["image_grid_thw"] for output in outputs]),
         )
+
+    def _process_image(self, image: Any, argument: str) -> Any:
+        loaded = load_image(image, argument)
+        try:
+            return self.image_processor(images=[loaded], return_tensors="pt")
+        except Exception as error:  # what an image processor refuses, it refuses in its own words
+            got = f"{loaded.size[1]} x {loaded.size[0]} pixels: {cut(error)}"
+            raise ValueError(f"expected an image that the image processor accepts, got {got} ({argument})") from error
 
     def _split_images(self, vision: VisionInputs | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """-> one grid int64 [3] and one float [patches, patch_dim] an image, checked against each other."""
@@ -130,20 +150,7 @@ class PromptProcessor:
             return [], []
         if self.vision is None:
             raise ValueError("expected no images for a text model, got VisionInputs (vision)")
-        # Copies: a caller may write to its tensors while the request waits.
-        grids = torch.as_tensor(vision.image_grid_thw).to("cpu", torch.int64, copy=True)
-        merge = self.vision.merge_size
-        if grids.dim() != 2 or grids.shape[1] != 3:
-            raise ValueError(f"expected [images, 3], got {list(grids.shape)} (image_grid_thw)")
-        for index, grid in enumerate(grids):
-            if (grid < 1).any() or (grid[1:] % merge).any():
-                expected = f"positive patch counts, height and width multiples of {merge}"
-                raise ValueError(f"expected {expected}, got {grid.tolist()} (image_grid_thw of image {index})")
-        pixels, patches = torch.as_tensor(vision.pixel_values).detach().clone(), grids.prod(-1)
-        if pixels.dim() != 2 or pixels.shape != (int(patches.sum()), self.vision.patch_dim):
-            expected = f"[{int(patches.sum())}, {self.vision.patch_dim}]"
-            raise ValueError(f"expected {expected}, got {list(pixels.shape)} (pixel_values)")
-        return list(grids), list(pixels.split(patches.tolist()))
+        return split_images(vision, self.vision.merge_size, self.vision.patch_dim)
 
     def _expand(self, text_ids: list[int], tokens: list[int]) -> torch.Tensor:
         """Repeats the k-th image placeholder tokens[k] times."""
@@ -162,12 +169,15 @@ class PromptProcessor:
     def _check_ids(self, ids: torch.Tensor) -> None:
         if ids.numel() == 0:
             raise ValueError("expected at least one token, got none (prompt)")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(f"expected ids in [0, {self.vocab_size}), got {low if low < 0 else high} (prompt)")
+        self._check_range(int(ids.min()), int(ids.max()))
         video = None if self.vision is None else self.vision.video_token_id
         if video is not None and (ids == video).any():
             raise ValueError(f"expected no video placeholders, which are not supported, got id {video} (prompt)")
+
+    def _check_range(self, low: int, high: int) -> None:
+        if low < 0 or high >= self.vocab_size:
+            got = shown(low if low < 0 else high)
+            raise ValueError(f"expected ids in [0, {self.vocab_size}), got {got} (prompt)")
 
     def _image_spans(self, ids: torch.Tensor, tokens: list[int]) -> list[tuple[int, int]]:
         if self.vision is None:
@@ -195,7 +205,7 @@ class PromptProcessor:
     def _boundaries(self, request: Request, ids: torch.Tensor, spans: list[tuple[int, int]]) -> tuple[int, ...]:
         prefix = request.prefix_len if request.prefix_len is not None else self._system_len(request, ids)
         if prefix > len(ids):
-            raise ValueError(f"expected at most the prompt's {len(ids)} tokens, got {prefix} (prefix_len)")
+            raise ValueError(f"expected at most the prompt's {len(ids)} tokens, got {shown(prefix)} (prefix_len)")
         for index, (start, count) in enumerate(spans):
             if start < prefix < start + count:
                 raise ValueError(
@@ -213,7 +223,7 @@ class PromptProcessor:
         ):
             return 0
         try:
-            text = self._render([_lift_images(prompt[:1])[0][0]], generation=False)
+            text = self._render([lift_images(prompt[:1])[0][0]], generation=False)
         except ValueError:  # templates may refuse a conversation without a user
             return 0
         prefix = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
@@ -241,27 +251,6 @@ def load_processor(path: Any, has_vision: bool) -> Processor:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     return Processor(tokenizer, Qwen2VLImageProcessorPil.from_pretrained(path))
-
-
-def _lift_images(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict], list[Any]]:
-    """Takes the images out of message items `{"type": "image", "image": ...}`, in order."""
-    lifted, images = [], []
-    for message in messages:
-        if not isinstance(message, Mapping) or "role" not in message:
-            raise ValueError(f"expected messages with a role, got {message!r} (prompt)")
-        content = message.get("content")
-        if not isinstance(content, (list, tuple)):
-            lifted.append(dict(message))
-            continue
-        items = []
-        for item in content:
-            if isinstance(item, Mapping) and item.get("type") == "image":
-                if item.get("image") is not None:
-                    images.append(item["image"])
-                item = {"type": "image"}
-            items.append(item)
-        lifted.append({**message, "content": items})
-    return lifted, images
 
 
 def _miscounted(places: list[int], tokens: list[int]) -> str:

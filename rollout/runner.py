@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from foveate.kernels import sampling
 from foveate.kernels.sampling import SampleOutput
 from foveate.rollout.config import EngineConfig
+from foveate.rollout.logits import Adjuster
 from foveate.rollout.models.decoder import Decoder
 from foveate.rollout.models.spec import Deepstack, ModelSpec
 from foveate.rollout.models.weights import Weights
@@ -27,19 +30,22 @@ class Runner:
         self.config = config
         self.weights = weights
         self.device = weights.device
-        self.decoder = Decoder(spec, weights, config.backend)
+        self.decoder = Decoder(spec, weights, config.backend, config.deterministic)
         self.planner = Planner(config.page_size, self.device)
+        self.adjuster = Adjuster()
         self.vision = None
         if spec.vision is not None:
-            self.vision = VisionEncoder(spec.vision, weights.dtype, config.vision_cache_memory)
+            self.vision = VisionEncoder(spec.vision, weights.dtype, config.vision_cache_memory, config.deterministic)
         # Not zeros: on a CPU the system commits the memory of pages as they are first written.
         shape = (2, spec.num_layers, num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
         self.kv_pool = torch.empty(shape, dtype=weights.dtype, device=self.device)
 
     def prefill(self, chunks: list[Chunk]) -> int:
         """Computes chunks of segments, parents before their children; returns the number of tokens."""
-        if not chunks:
-            return 0
+        return len(self.forward(chunks)) if chunks else 0
+
+    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
+        """As `prefill`, of one chunk or more. -> float [T, hidden], after the final norm, their tokens in order"""
         for chunk in chunks:
             assert chunk.segment.length == chunk.start, "chunks of a segment come in order"
             chunk.segment.length = chunk.stop
@@ -52,7 +58,12 @@ class Runner:
             end += chunk.stop - chunk.start
             if not chunk.segment.num_missing:
                 chunk.segment.last_hidden = hidden[end - 1].clone()
-        return end
+        return hidden
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float [N, hidden] -> float32 [N, vocab]"""
+        bias = self.weights.lm_head_bias
+        return self.decoder.linear(hidden.float(), self.weights.lm_head.float(), None if bias is None else bias.float())
 
     def first_tokens(self, sequences: list[Sequence]) -> SampleOutput:
         """Draws the first token of samples whose prompt was prefilled."""
@@ -104,10 +115,7 @@ class Runner:
         def column(values, dtype=torch.float32) -> torch.Tensor:
             return torch.tensor(list(values), dtype=dtype, device=self.device)
 
-        return sampling.sample_from_hidden(
-            hidden,
-            self.weights.lm_head,
-            bias=self.weights.lm_head_bias,
+        arguments: dict[str, Any] = dict(
             temperature=column(p.temperature for p in params),
             top_k=column((p.top_k for p in params), torch.int64) if any(p.top_k for p in params) else None,
             top_p=column(p.top_p for p in params) if any(p.top_p < 1 for p in params) else None,
@@ -117,6 +125,10 @@ class Runner:
             banned=_bans(sequences),
             backend=self.config.backend,
         )
+        if not (self.config.deterministic or any(p.adjustments for p in params)):
+            weight, bias = self.weights.lm_head, self.weights.lm_head_bias
+            return sampling.sample_from_hidden(hidden, weight, bias=bias, **arguments)
+        return sampling.sample(self.adjuster(self.logits(hidden), sequences), **arguments)
 
 
 def _images_in(chunk: Chunk) -> list[ImageInput]:

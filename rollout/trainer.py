@@ -19,7 +19,7 @@ from foveate.rollout.config import require
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.learner import Batch, Learner
-from foveate.rollout.policy import Sample
+from foveate.rollout.policy import Sample, check_trainable
 from foveate.rollout.reward_pool import RewardPool
 from foveate.rollout.rewards import RewardTable
 from foveate.rollout.types import Request, RolloutGroup
@@ -129,6 +129,8 @@ class Trainer:
         self, requests: Sequence[Request], clock: metrics.Clock
     ) -> tuple[list[RolloutGroup], list[RewardTable | None]]:
         """Groups in request order and their rewards, None for a request that failed."""
+        for index, request in enumerate(requests):
+            check_trainable(request, request.request_id or f"prompts[{index}]")
         requests = parallel.share(self._seeded(requests))
         places = {id(request): index for index, request in enumerate(requests)}
         groups: dict[int, RolloutGroup] = {}

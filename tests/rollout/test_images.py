@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from foveate.rollout.images import content_hash, load_image
+from foveate.rollout.testing import tiny_processor
 
 Image = pytest.importorskip("PIL.Image")
 COLOURS = np.array([[[0, 64, 255], [255, 255, 255]], [[9, 8, 7], [128, 0, 1]], [[255, 0, 0], [3, 2, 1]]], np.uint8)
@@ -76,10 +77,18 @@ def test_palette():
     assert rgb(image).tolist() == [[[0, 0, 0], [10, 20, 30], [255, 0, 7]], [[255, 0, 7], [10, 20, 30], [0, 0, 0]]]
 
 
-def test_transparency_is_dropped():
-    """The colour below is kept, as transformers does."""
-    image = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
-    assert rgb(image).tolist() == [[[10, 20, 30]] * 2]
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparency_shows_white(mode):
+    """colour * alpha + 255 (1 - alpha), rounded somehow."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    pixels[:2, :, 3], pixels[2:4, :, 3] = 0, 255
+    image = Image.fromarray(pixels, "RGBA").convert(mode)
+    assert image.mode == mode
+    colours, alpha = np.split(np.asarray(image.convert("RGBA")).astype(float), [3], axis=2)
+    shown = rgb(image)
+    assert np.abs(shown - (colours * alpha + 255 * (255 - alpha)) / 255).max() <= 1
+    assert (shown[:2] == 255).all()
+    assert np.array_equal(shown[2:4], colours[2:4])
 
 
 def test_cmyk():
@@ -87,6 +96,48 @@ def test_cmyk():
     image = Image.new("CMYK", (2, 1))
     image.putdata([(255, 0, 0, 0), (0, 0, 255, 51)])
     assert rgb(image).tolist() == [[[0, 255, 255], [204, 204, 0]]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_other_modes_are_converted_as_pillow_and_transformers_do(mode):
+    colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 4), dtype=np.uint8), "RGBA")
+    if mode in ("LAB", "HSV"):
+        image = Image.fromarray(np.asarray(colours)[..., :3].copy(), mode)
+    else:
+        image = colours.convert("RGB").convert(mode) if mode in ("P", "CMYK", "YCbCr") else colours.convert(mode)
+    assert image.mode == mode
+    assert np.array_equal(rgb(image), np.asarray(image.convert("RGB")))
+    process = tiny_processor().image_processor
+    ours, theirs = (process(images=[i], return_tensors="pt")["pixel_values"] for i in (load_image(image), image))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("transparency", [bytes([255, 0, 255]), 1], ids=["of each colour", "one colour"])
+def test_a_palette_with_transparency(transparency, saved):
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 0, 0, 0, 255, 0, 7])
+    image.putdata([0, 1, 2])
+    path = saved(image, "a.png", transparency=transparency)
+    assert "transparency" in Image.open(path).info
+    assert rgb(path).tolist() == [[[10, 20, 30], [255, 255, 255], [255, 0, 7]]]
+
+
+def test_16_bits_do_not_saturate():
+    """A ramp over all 65,536 values becomes one over all 256, each as often; Pillow's own conversion makes it white."""
+    image = Image.fromarray(np.arange(1 << 16, dtype=np.uint16).reshape(256, 256))
+    assert image.mode == "I;16"
+    values, counts = np.unique(rgb(image)[..., 0], return_counts=True)
+    assert (values.tolist(), set(counts.tolist())) == (list(range(256)), {256})
+
+
+def test_the_first_frame_of_an_animation(saved):
+    frames = [Image.new("RGB", (4, 3), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    path = saved(frames[0], "a.gif", save_all=True, append_images=frames[1:])
+    assert Image.open(path).n_frames == 3
+    assert rgb(path).tolist() == [[[255, 0, 0]] * 4] * 3
+    with Image.open(path) as opened:
+        opened.seek(2)
+        assert rgb(opened).tolist() == [[[0, 0, 255]] * 4] * 3  # a PIL image is taken as it stands
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
@@ -101,7 +152,11 @@ def test_a_file_is_turned_as_its_camera_says(saved):
     image = Image.fromarray(COLOURS)
     exif = image.getexif()
     exif[0x0112] = 6
-    assert np.array_equal(rgb(saved(image, "turned.png", exif=exif)), np.rot90(COLOURS, -1))
+    path = saved(image, "turned.png", exif=exif)
+    assert np.array_equal(rgb(path), np.rot90(COLOURS, -1))
+    assert np.array_equal(rgb(path.read_bytes()), np.rot90(COLOURS, -1))
+    with Image.open(path) as opened:
+        assert np.array_equal(rgb(opened), COLOURS)  # a PIL image is taken as it stands
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ REFUSED = {
     "odd height": ([PAD], [TWO, (1, 5, 4)], "got [1, 5, 4] (image_grid_thw of image 1)"),
     "zero": ([PAD], [TWO, SIX, (0, 4, 4)], "got [0, 4, 4] (image_grid_thw of image 2)"),
     "negative": ([PAD], [(1, -2, -2)], "got [1, -2, -2] (image_grid_thw of image 0)"),
-    "flat grid": ([PAD], (1, 2, 2), "expected [images, 3], got [3] (image_grid_thw)"),
+    "flat grid": ([PAD], (1, 2, 2), "expected int [images, 3], got int64 [3] (image_grid_thw)"),
 }
 
 

@@ -307,8 +307,8 @@ REFUSED = {
     "batch": (dict(prompt=torch.zeros(1, 3, dtype=torch.int64)), "expected integer ids [P], got torch.int64 [1, 3]"),
     "array of floats": (dict(prompt=np.zeros(3)), "expected integer ids [P], got float64 [3] (prompt)"),
     "array of strings": (dict(prompt=np.array(["a"])), "expected integer ids [P], got <U1 [1] (prompt)"),
-    "other items": (dict(prompt=[1, "a"]), "expected token ids to be ints, got other items (prompt)"),
-    "bool items": (dict(prompt=[True, 1]), "expected token ids to be ints, got other items (prompt)"),
+    "other items": (dict(prompt=[1, "a"]), "expected token ids to be ints, got 'a' (prompt[1])"),
+    "bool items": (dict(prompt=[True, 1]), "expected token ids to be ints, got True (prompt[0])"),
     "negative id": (dict(prompt=[1, -2, 999]), f"expected ids in [0, {VOCAB_SIZE}), got -2 (prompt)"),
     "large id": (dict(prompt=[1, VOCAB_SIZE]), f"expected ids in [0, {VOCAB_SIZE}), got {VOCAB_SIZE} (prompt)"),
     "video": (dict(prompt=[1, VIDEO]), f"expected no video placeholders, which are not supported, got id {VIDEO}"),
@@ -326,11 +326,11 @@ REFUSED = {
     "image without placeholder": (dict(prompt="a", vision=ONE_IMAGE), "got 0 for 1 images (prompt)"),
     "patches": (
         dict(prompt=[PAD], vision=vision_inputs((1, 2, 2), pixel_values=torch.zeros(5, PATCH_DIM))),
-        f"expected [4, {PATCH_DIM}], got [5, {PATCH_DIM}] (pixel_values)",
+        f"expected float [4, {PATCH_DIM}], got float32 [5, {PATCH_DIM}] (pixel_values)",
     ),
     "patch size": (
         dict(prompt=[PAD], vision=vision_inputs((1, 2, 2), pixel_values=torch.zeros(4, 99))),
-        f"expected [4, {PATCH_DIM}], got [4, 99] (pixel_values)",
+        f"expected float [4, {PATCH_DIM}], got float32 [4, 99] (pixel_values)",
     ),
     "thin image": (dict(prompt="<|image_pad|>", images=[np.zeros((1, 300, 3), np.uint8)]), "aspect ratio"),
 }

@@ -16,6 +16,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -74,8 +75,8 @@ def smollm2() -> tuple[nn.Module, dict]:
 MODELS: dict[str, Callable[[], tuple[nn.Module, dict]]] = {"tiny-vl": tiny_vl, "smollm2": smollm2}
 
 
-def contenders(model: nn.Module, inputs: dict, config: EngineConfig) -> dict[str, Callable[[], None]]:
-    """Name -> one whole group of rollouts. Each checks that it made all tokens."""
+def engine_group(model: nn.Module, inputs: dict, config: EngineConfig) -> Callable[[], None]:
+    """One whole group of rollouts by an engine of its own."""
     from foveate.rollout.types import VisionInputs
 
     engine = Engine(model, None, config)
@@ -84,12 +85,18 @@ def contenders(model: nn.Module, inputs: dict, config: EngineConfig) -> dict[str
         vision = VisionInputs(inputs["pixel_values"], inputs["image_grid_thw"])
     sampling = SamplingParams(temperature=1.0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
-    def run_engine() -> None:
+    def run() -> None:
         (group,) = engine.generate(
             [Request(inputs["input_ids"][0], vision=vision, n=SAMPLES, sampling=sampling)], strict=True
         )
         assert all(len(rollout.token_ids) == NEW_TOKENS for rollout in group.rollouts)
         engine.update_weights()  # as between two training steps: nothing of this group is reused
+
+    return run
+
+
+def contenders(model: nn.Module, inputs: dict, config: EngineConfig, deterministic: bool) -> dict[str, Callable]:
+    """Name -> one whole group of rollouts. Each checks that it made all tokens."""
 
     def run_generate() -> None:
         output = model.generate(
@@ -102,7 +109,10 @@ def contenders(model: nn.Module, inputs: dict, config: EngineConfig) -> dict[str
         )
         assert output.shape == (SAMPLES, inputs["input_ids"].shape[1] + NEW_TOKENS)
 
-    return {"foveate": run_engine, "generate": run_generate}
+    runs = {"foveate": engine_group(model, inputs, config), "generate": run_generate}
+    if deterministic:
+        runs["deterministic"] = engine_group(model, inputs, replace(config, deterministic=True))
+    return runs
 
 
 def generate_batch(model: nn.Module, inputs: dict) -> Callable[[], None]:
@@ -148,10 +158,10 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(name: str, pairs: int, with_batch: bool) -> dict:
+def measure(name: str, pairs: int, with_batch: bool, deterministic: bool = False) -> dict:
     """One row of results: medians in seconds, and ratios of each pair."""
     model, inputs = MODELS[name]()
-    runs = contenders(model, inputs, EngineConfig(kv_memory=1 << 28))
+    runs = contenders(model, inputs, EngineConfig(kv_memory=1 << 28), deterministic)
     if with_batch and "pixel_values" not in inputs:
         runs["generate_batch"] = generate_batch(model, inputs)
     times: dict[str, list[float]] = {key: [] for key in (*runs, "bound")}
@@ -170,6 +180,9 @@ def measure(name: str, pairs: int, with_batch: bool) -> dict:
     row["share_of_bound"] = round(statistics.median(b / a for a, b in zip(ours, times["bound"], strict=True)), 2)
     if times.get("generate_batch"):
         row["speedup_generate_batch"] = round(medians["generate_batch"] / medians["foveate"], 2)
+    if deterministic:  # in tokens per second, of the default mode's
+        ratios = (a / b for a, b in zip(ours, times["deterministic"], strict=True))
+        row["deterministic_ratio"] = round(statistics.median(ratios), 2)
     row["tokens_per_second"] = round(SAMPLES * NEW_TOKENS / medians["foveate"], 1)
     return {"model": name, "prompt_tokens": inputs["input_ids"].shape[1], "n": SAMPLES, "new_tokens": NEW_TOKENS, **row}
 
@@ -191,6 +204,7 @@ def main() -> None:
     found.add_argument("--model", choices=list(MODELS), action="append", help="default: tiny-vl; may be repeated")
     found.add_argument("--pairs", type=int, default=7)
     found.add_argument("--generate-batch", action="store_true", help="also transformers' continuous batching (slow)")
+    found.add_argument("--deterministic", action="store_true", help="also the engine's deterministic mode")
     found.set_defaults(threads=2)
     arguments = found.parse_args()
     options = options_of(arguments)
@@ -199,7 +213,8 @@ def main() -> None:
         print("rollouts are measured on the CPU, in pairs with transformers, and compared with nothing else")
     for name in arguments.model or ["tiny-vl"]:
         if re.search(options.filter, name):
-            row = {**measure(name, 1 if options.quick else arguments.pairs, arguments.generate_batch), **about()}
+            pairs = 1 if options.quick else arguments.pairs
+            row = {**measure(name, pairs, arguments.generate_batch, arguments.deterministic), **about()}
             print(json.dumps(row))
             append_rows(options.output, [row])
 

@@ -28,13 +28,15 @@ class VisionEncoder:
     """Encodes images and keeps features, least recently used out first, within a byte budget.
 
     Features are in use while anyone holds the tensor that `encode` returned. Those are never evicted, so that the
-    cache exceeds its budget where they alone do; it shrinks as soon as they are let go.
+    cache exceeds its budget where they alone do; it shrinks as soon as they are let go. each_alone: images pass the
+    tower one by one, so that features do not depend on which came together.
     """
 
-    def __init__(self, spec: VisionSpec, dtype: torch.dtype, cache_bytes: int):
+    def __init__(self, spec: VisionSpec, dtype: torch.dtype, cache_bytes: int, each_alone: bool = False):
         self.spec = spec
         self.dtype = dtype
         self.cache_bytes = cache_bytes
+        self.each_alone = each_alone
         self.used_bytes = 0
         self.num_encoded = 0
         self.num_hits = 0
@@ -48,7 +50,9 @@ class VisionEncoder:
         self.num_hits += len(features)
         missing = [image for key, image in wanted.items() if key not in features]
         if missing:
-            for image, feature in zip(missing, self._run_tower(missing), strict=True):
+            batches = [[image] for image in missing] if self.each_alone else [missing]
+            encoded = [feature for batch in batches for feature in self._run_tower(batch)]
+            for image, feature in zip(missing, encoded, strict=True):
                 entry = self._entries[image.content_hash] = _Entry(feature.to(self.dtype))
                 self.used_bytes += entry.features.nbytes
                 features[image.content_hash] = self._hand_out(image.content_hash)

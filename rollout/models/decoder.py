@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from transformers.activations import ACT2FN
 
 from foveate.kernels import paged_attention
-from foveate.kernels.layers import linear, rms_norm
+from foveate.kernels.layers import elementwise, linear, rms_norm
 from foveate.kernels.paged_attention import StepPlan
 from foveate.rollout.models.spec import Deepstack, ModelSpec
 from foveate.rollout.models.weights import LayerWeights, Weights
 
+ROW_BLOCK = 64  # of every matrix product in deterministic mode
+
 
 class Decoder:
-    """Runs T new tokens through all layers, storing their keys and values in the pool."""
+    """Runs T new tokens through all layers, storing their keys and values in the pool.
 
-    def __init__(self, spec: ModelSpec, weights: Weights, backend: str | None = None):
+    deterministic: on the CPU and with one number of threads, a token's bits depend on its path alone: not on the other
+    tokens of the step, nor on how many there are, nor on the steps in which the path was computed. Matrix products
+    then run in blocks of 64 rows, attention by the chunk rule, transcendental functions on tensors without tails; what
+    is left rounds each element, or (`rms_norm`) each row by itself.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: Weights, backend: str | None = None, deterministic: bool = False):
         self.spec = spec
         self.weights = weights
         self.backend = backend
+        self.deterministic = deterministic
+        self.linear = partial(linear, row_block=ROW_BLOCK if deterministic else None)
         self.activation = ACT2FN[spec.activation]
         self.scale = spec.head_dim**-0.5
         planes = spec.rope_planes
@@ -39,13 +52,18 @@ class Decoder:
         Returns float [T, hidden], after the final norm.
         """
         cos, sin = self.rotary(positions, hidden.dtype)
-        attention = paged_attention.decode if decode else paged_attention.prefill
+        attention = partial(
+            paged_attention.decode if decode else paged_attention.prefill,
+            scale=self.scale,
+            deterministic=self.deterministic,
+            backend=self.backend,
+        )
         for index, layer in enumerate(self.weights.layers):
             keys, values = kv_pool[0, index], kv_pool[1, index]
             q, k, v = self.project(self.norm(hidden, layer.input_norm, layer.eps), layer, cos, sin)
             paged_attention.store_kv(k, v, keys, values, plan, backend=self.backend)
-            mixed = attention(q, keys, values, plan, scale=self.scale, backend=self.backend)
-            hidden = hidden + linear(mixed.flatten(1), *layer.o)
+            mixed = attention(q, keys, values, plan)
+            hidden = hidden + self.linear(mixed.flatten(1), *layer.o)
             hidden = hidden + self.mlp(self.norm(hidden, layer.post_norm, layer.eps), layer)
             if deepstack is not None and index < len(deepstack.levels):
                 hidden[deepstack.rows] += deepstack.levels[index]
@@ -58,10 +76,10 @@ class Decoder:
         """-> q [T, heads, head_dim], k and v [T, kv_heads, head_dim]; q and k rotated."""
         heads, kv_heads, head_dim = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
         if len(layer.qkv) > 1:
-            q, k, v = (linear(x, *part).unflatten(-1, (-1, head_dim)) for part in layer.qkv)
+            q, k, v = (self.linear(x, *part).unflatten(-1, (-1, head_dim)) for part in layer.qkv)
             qk = torch.cat([q, k], dim=1)
         else:
-            qkv = linear(x, *layer.qkv[0]).unflatten(-1, (-1, head_dim))
+            qkv = self.linear(x, *layer.qkv[0]).unflatten(-1, (-1, head_dim))
             qk, v = qkv.split([heads + kv_heads, kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split([heads, kv_heads], dim=1)
@@ -71,10 +89,13 @@ class Decoder:
 
     def mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
         if len(layer.gate_up) > 1:
-            gate, up = (linear(x, *part) for part in layer.gate_up)
+            gate, up = (self.linear(x, *part) for part in layer.gate_up)
         else:
-            gate, up = linear(x, *layer.gate_up[0]).chunk(2, dim=-1)
-        return linear(self.activation(gate) * up, *layer.down)
+            gate, up = self.linear(x, *layer.gate_up[0]).chunk(2, dim=-1)
+        return self.linear(self.elementwise(self.activation, gate) * up, *layer.down)
+
+    def elementwise(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return elementwise(function, x) if self.deterministic else function(x)
 
     def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 [3, T] -> cos, signed sin [T, 1, head_dim], for `rotate`. Frequencies are the module's own buffer."""
@@ -82,7 +103,7 @@ class Decoder:
         frequencies = module.inv_freq.float()  # [head_dim / 2]
         planes = positions[:1] if self.rope_planes is None else positions[self.rope_planes]  # [1 or head_dim / 2, T]
         angles = planes.t().float() * frequencies  # [T, head_dim / 2]
-        cos, sin = angles.cos() * module.attention_scaling, angles.sin() * module.attention_scaling
+        cos, sin = (self.elementwise(f, angles) * module.attention_scaling for f in (torch.cos, torch.sin))
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
 

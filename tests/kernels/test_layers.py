@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -44,6 +45,14 @@ def float64(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def gradients(function, x, weight, grad) -> tuple[torch.Tensor, torch.Tensor]:
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     return torch.autograd.grad(function(x, weight), (x, weight), grad)
+
+
+@pytest.fixture
+def with_threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone at the end of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 def test_this_run_proves_something():
@@ -302,3 +311,56 @@ def test_linear_of_a_weight_that_is_a_view():
     x, buffer = torch.randn(3, 6), torch.randn(20, 6)
     for weight in (buffer[4:12], torch.randn(6, 8).t(), buffer[::2]):
         torch.testing.assert_close(layers.linear(x, weight), x @ weight.t())
+
+
+# Rows, columns: tails in every vector register, more columns than one thread takes, more rows than one block.
+WIDTHS = [(40, 24), (192, 333), (576, 1536), (3000, 64)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("inner", "out"), WIDTHS)
+def test_a_row_of_linear_in_blocks_is_the_same_in_every_batch(inner, out, dtype, threads, with_threads):
+    x, weight, bias = torch.randn(131, inner).to(dtype), torch.randn(out, inner).to(dtype), torch.randn(out).to(dtype)
+    with_threads(threads)
+    whole = layers.linear(x, weight, bias, row_block=64)
+    for start, stop in [(0, 1), (130, 131), (3, 5), (60, 70), (17, 64), (63, 127), (64, 129), (1, 131)]:
+        assert torch.equal(layers.linear(x[start:stop], weight, bias, row_block=64), whole[start:stop])
+    reordered = torch.randperm(131)
+    assert torch.equal(layers.linear(x[reordered], weight, bias, row_block=64), whole[reordered])
+    assert layers.linear(x[:0], weight, bias, row_block=64).shape == (0, out)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    assert_as_exact_as(whole, exact, F.linear(x, weight, bias))
+
+
+def test_a_row_of_linear_without_blocks_is_not():
+    x, weight = torch.randn(131, 192), torch.randn(333, 192)
+    whole = layers.linear(x, weight)
+    assert not all(torch.equal(layers.linear(x[row : row + 1], weight)[0], whole[row]) for row in range(131))
+
+
+def test_small_blocks_are_refused():
+    with pytest.raises(ValueError, match=r"expected at least 16 rows, got 15 \(row_block\)"):
+        layers.linear(torch.ones(1, 2), torch.ones(3, 2), row_block=15)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("function", [F.silu, F.gelu, partial(F.gelu, approximate="tanh"), torch.cos], ids=str)
+@pytest.mark.parametrize("width", [1, 5, 80, 333, 40_000])
+def test_elementwise_has_the_same_bits_everywhere(width, function, threads, with_threads):
+    with_threads(threads)
+    rows = 70 if width < 1000 else 5
+    x = torch.randn(rows, width) * 4
+    whole = layers.elementwise(function, x)
+    torch.testing.assert_close(whole, function(x))
+    for start, stop in [(0, 1), (1, 2), (rows - 1, rows), (2, 4), (1, rows - 1)]:
+        assert torch.equal(layers.elementwise(function, x[start:stop]), whole[start:stop])
+    strided = torch.randn(rows, 2 * width)
+    strided[:, :width] = x
+    assert torch.equal(layers.elementwise(function, strided[:, :width]), whole)
+    assert layers.elementwise(function, x[:0]).shape == (0, width)
+
+
+def test_without_it_they_differ():
+    x = torch.randn(70, 333) * 4
+    assert not all(torch.equal(F.silu(x[start:]), F.silu(x)[start:]) for start in range(70))

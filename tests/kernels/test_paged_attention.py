@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from foveate.kernels import paged_attention
-from foveate.kernels.paged_attention import StepPlan, reference
+from foveate.kernels.paged_attention import StepPlan, deterministic, reference
 
-BACKENDS = ["reference"]
+BACKENDS = ["reference", "deterministic"]  # a mode rather than a backend
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 # (float32 scores alive at once, padded KV tokens gathered at once): tiles of one row, of a few, of all.
 TILES = [(1, 1), (64, 5), (700, 40), (reference.SCORE_TILE, reference.MAX_BATCH_TOKENS)]
@@ -122,9 +122,10 @@ def run(tree: Tree, step: Step, backend: str = "reference") -> torch.Tensor:
             for token in range(node.length - node.new):
                 pool[step.pages[index][token // tree.page_size], token % tree.page_size] = tokens[token]
             rows[step.rows[index]] = tokens[node.length - node.new :]
-    paged_attention.store_kv(*new, *pools, step.plan, backend=backend)
+    paged_attention.store_kv(*new, *pools, step.plan)
     attend = paged_attention.prefill if any(node.new > 1 for node in tree.nodes) else paged_attention.decode
-    return attend(step.queries, *pools, step.plan, scale=tree.head_dim**-0.5, backend=backend)
+    mode = {"deterministic": True} if backend == "deterministic" else {"backend": backend}
+    return attend(step.queries, *pools, step.plan, scale=tree.head_dim**-0.5, **mode)
 
 
 def gathered(tree: Tree, step: Step):
@@ -180,6 +181,7 @@ def check(tree: Tree, backend: str = "reference") -> torch.Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "SCORE_TILE", tree.tiles[0])
         patch.setattr(reference, "MAX_BATCH_TOKENS", tree.tiles[1])
+        patch.setattr(deterministic, "KV_CHUNK", min(tree.tiles[1] + 3, 512))
         got = run(tree, step, backend)
     assert_exact(tree, step, got)
     return got

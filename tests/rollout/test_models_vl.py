@@ -136,7 +136,7 @@ def test_planes_are_the_models(family, head_dim):
     spec = describe(model)
     positions = torch.arange(0, 7 * 3 * 5, 7).view(3, 5)
     own = Decoder.__new__(Decoder)
-    own.spec, own.rope_planes = spec, torch.tensor(spec.rope_planes)
+    own.spec, own.rope_planes, own.deterministic = spec, torch.tensor(spec.rope_planes), False
     cos, sin = own.rotary(positions, torch.float32)
     expected_cos, expected_sin = spec.decoder.rotary_emb(torch.zeros(1), positions[:, None])
     if expected_cos.dim() == 4:

@@ -176,6 +176,11 @@ class SamplingParams:
         names = tuple(name for name, value in off.items() if getattr(self, name) != value)
         return (*names, "logit_bias") if self.logit_bias else names
 
+    @property
+    def biases(self) -> tuple[tuple[int, float], ...]:
+        """(id, bias) of logit_bias, which is kept as pairs."""
+        return tuple(self.logit_bias or ())  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class PruneConfig:

@@ -80,7 +80,7 @@ class Intake:
     def _check_ids(self, sampling: SamplingParams) -> None:
         size = self.spec.vocab_size
         ids = {name: getattr(sampling, name) or () for name in ID_FIELDS}
-        ids["logit_bias"] = [token for token, _ in sampling.logit_bias or ()]
+        ids["logit_bias"] = [token for token, _ in sampling.biases]
         for name, tokens in ids.items():
             beyond = [i for i in tokens if i >= size]
             require(not beyond, f"ids < {size}", beyond, name)

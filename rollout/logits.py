@@ -62,7 +62,7 @@ def adjust(logits: torch.Tensor, rows: Iterable[tuple[int, SamplingParams, Token
     rows: (row of the logits, parameters, tokens before the one that is drawn), each row at most once.
     """
     rows = list(rows)
-    biases = [(row, token, bias) for row, params, _ in rows for token, bias in params.logit_bias or ()]
+    biases = [(row, token, bias) for row, params, _ in rows for token, bias in params.biases]
     if biases:
         at, tokens, values = zip(*biases, strict=True)
         place = _on(logits, np.array(at)), _on(logits, np.array(tokens))

@@ -33,6 +33,7 @@ class Runner:
         self.decoder = Decoder(spec, weights, config.backend, config.deterministic)
         self.planner = Planner(config.page_size, self.device)
         self.adjuster = Adjuster()
+        self.logits_backend = sampling.logits_backend(config.backend, self.device)
         self.vision = None
         if spec.vision is not None:
             self.vision = VisionEncoder(spec.vision, weights.dtype, config.vision_cache_memory, config.deterministic)
@@ -112,8 +113,8 @@ class Runner:
     def _sample(self, hidden: torch.Tensor, sequences: list[Sequence]) -> SampleOutput:
         params = [sequence.group.request.sampling for sequence in sequences]
 
-        def column(values, dtype=torch.float32) -> torch.Tensor:
-            return torch.tensor(list(values), dtype=dtype, device=self.device)
+        def column(values, dtype=torch.float32) -> torch.Tensor:  # on the CPU, where checks wait for nothing
+            return torch.tensor(list(values), dtype=dtype)
 
         arguments: dict[str, Any] = dict(
             temperature=column(p.temperature for p in params),
@@ -123,12 +124,12 @@ class Runner:
             seeds=column((s.seed for s in sequences), torch.int64),
             steps=column((len(s.token_ids) for s in sequences), torch.int64),
             banned=_bans(sequences),
-            backend=self.config.backend,
         )
         if not (self.config.deterministic or any(p.adjustments for p in params)):
             weight, bias = self.weights.lm_head, self.weights.lm_head_bias
-            return sampling.sample_from_hidden(hidden, weight, bias=bias, **arguments)
-        return sampling.sample(self.adjuster(self.logits(hidden), sequences), **arguments)
+            return sampling.sample_from_hidden(hidden, weight, bias=bias, backend=self.config.backend, **arguments)
+        logits = self.adjuster(self.logits(hidden), sequences)
+        return sampling.sample(logits, backend=self.logits_backend, **arguments)
 
 
 def _images_in(chunk: Chunk) -> list[ImageInput]:

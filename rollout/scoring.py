@@ -177,7 +177,7 @@ class _Scorer:
             block = slice(start, start + LOGIT_ROWS)
             logits = adjustments.apply(self.runner.logits(hidden[block]))
             values = sampling.score(
-                logits, token_ids[block], temperature=temperature[block], backend=self.config.backend
+                logits, token_ids[block], temperature=temperature[block], backend=self.runner.logits_backend
             )
             logprobs.append(values[0])
         for completion, part in zip(self.completions, torch.cat(logprobs).cpu().split(counts), strict=True):
@@ -220,7 +220,8 @@ def _prompt(group: RolloutGroup, processor: PromptProcessor) -> Prompt:
     require(group.keep is None, "a group without pruning", "a KeepPlan", "group.keep")
     vision = None
     if group.pixel_values is not None:
-        require(group.image_grid_thw is not None, "grids of the images", None, "group.image_grid_thw")
+        if group.image_grid_thw is None:
+            raise ValueError("expected grids of the images, got None (group.image_grid_thw)")
         vision = VisionInputs(group.pixel_values, group.image_grid_thw)
     prompt = processor.prepare(Request(group.prompt_ids, vision=vision))
     length, positions, lengths = len(prompt.token_ids), group.prompt_positions, group.segments.tolist()
@@ -228,8 +229,7 @@ def _prompt(group: RolloutGroup, processor: PromptProcessor) -> Prompt:
     whole = sum(lengths) == length and min(lengths) > 0 if lengths else True
     require(whole, f"positive lengths that sum to {length}", lengths, "group.segments")
     ends = torch.tensor(lengths or [length]).cumsum(0).tolist()
-    recorded = {"positions": positions.long().cpu(), "next_position": group.next_position, "boundaries": tuple(ends)}
-    return replace(prompt, **recorded)
+    return replace(prompt, positions=positions.long().cpu(), next_position=group.next_position, boundaries=tuple(ends))
 
 
 def _check_rollout(rollout: Rollout, vocab_size: int, room: int) -> None:

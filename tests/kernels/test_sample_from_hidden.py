@@ -210,3 +210,32 @@ def test_masks_are_bits(vocab):
     assert torch.equal(masks.unpack(words, vocab), allowed)
     with pytest.raises(ValueError, match=r"\(allowed\)"):
         masks.unpack(words[:, :0], vocab)
+
+
+def test_logits_are_drawn_from_by_others():
+    hidden, lm_head = exact(2, 8, 40)
+    logits = hidden @ lm_head.T
+    for backend in ("triton", "layers=cpp,sampling=triton"):
+        with pytest.raises(ValueError, match=r"expected a backend that draws from logits, got .*triton.*\(backend\)"):
+            sampling.sample(logits, temperature=1.0, backend=backend, **noise(2))
+        assert sampling.logits_backend(backend, DEVICE) in ("cuda", "cpp", "reference")
+    sampling.sample(logits, temperature=1.0, backend="layers=triton", **noise(2))
+
+
+def test_the_engine_runs_on_it():
+    """Plain, truncated and penalised requests in one batch: the same tokens as on the reference."""
+    from foveate import Engine, EngineConfig, Request, SamplingParams
+    from foveate.rollout.testing import tiny_model
+
+    model = tiny_model("qwen3").to(DEVICE)
+    many = [{}, {"top_k": 9}, {"temperature": 0.0}, {"frequency_penalty": 0.5}, {"min_tokens": 3}]
+    requests = [
+        Request([1, 2, 3], n=2, sampling=SamplingParams(max_tokens=5, seed=index, **given))
+        for index, given in enumerate(many)
+    ]
+    results = []
+    for backend in ("sampling=reference", "sampling=triton"):
+        engine = Engine(model, None, EngineConfig(backend=backend, kv_memory=1 << 20, page_size=8))
+        groups = [group for request in requests for group in engine.generate([request], strict=True)]
+        results.append([[r.token_ids.tolist() for r in group.rollouts] for group in groups])
+    assert results[0] == results[1]

@@ -95,7 +95,7 @@ def test_an_empty_file_is_no_options(config):
         ("resume: maybe", "expected true or false, got 'maybe' (resume"),
         ("model: [", "expected a YAML file"),
         ("- model", "expected a mapping"),
-        ("model: m\nsampling: {max_tokens: 0}", "expected an int >= 1, got 0"),
+        ("model: m\nsampling: {max_tokens: 0}", "expected an int >= 1, below 2^31, got 0"),
         ("model: m\nsampling: {max_tokens: many}", "max-tokens"),
         ("model: m\nengine: {dtype: float33}", "dtype"),
         ("resume: true", "model"),

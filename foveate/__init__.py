@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams
     from foveate.rollout.engine import Engine
     from foveate.rollout.grpo import GRPOConfig
+    from foveate.rollout.tagged import TaggedSpan
     from foveate.rollout.trainer import Trainer
     from foveate.rollout.types import KeepPlan, Request, Rollout, RolloutGroup, VisionInputs
 
@@ -28,6 +29,7 @@ __all__ = [
     "Rollout",
     "RolloutGroup",
     "SamplingParams",
+    "TaggedSpan",
     "Trainer",
     "VisionInputs",
     "__version__",
@@ -43,6 +45,7 @@ _HOMES = {
     "Rollout": "types",
     "RolloutGroup": "types",
     "SamplingParams": "config",
+    "TaggedSpan": "tagged",
     "Trainer": "trainer",
     "VisionInputs": "types",
 }

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from foveate.kernels.dispatch import check_request
+from foveate.rollout.tagged import TaggedSpan
 
 MIB = 1 << 20
 FLOAT32 = torch.finfo(torch.float32)  # what a parameter becomes
@@ -108,7 +109,10 @@ class SamplingParams:
     stop_token_ids: added to the end-of-sequence ids of the generation config; ignore_eos drops those.
     stop: strings that end a completion once they appear in its text. seed: any int, taken modulo 2^64;
     None derives one from EngineConfig.seed and the number of requests added before.
-    allowed_token_ids: when given, nothing else is drawn. banned_token_ids: never drawn.
+    allowed_token_ids: when given, nothing else is drawn. banned_token_ids: never drawn. tagged: spans with a
+    vocabulary of their own (`foveate.rollout.tagged`), in which no id stops. max_certain: ends a sample as
+    "repetition" after so many tokens in a row whose probability exceeded `certain`, as degenerate loops do (3,000 is
+    usual); None is off.
 
     The rest changes the logits themselves, before the temperature, in this order. logit_bias: finite numbers to
     add, by id. repetition_penalty: > 0; logits of ids in prompt (image placeholders too) or completion are divided by
@@ -133,6 +137,9 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] | None = None
+    tagged: tuple[TaggedSpan, ...] = ()
+    max_certain: int | None = None
+    certain: float = 0.99
 
     def __post_init__(self) -> None:
         _plain_scalars(self)
@@ -146,6 +153,8 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             own["allowed_token_ids"] = ids = _ids(self.allowed_token_ids, "allowed_token_ids")
             require(len(ids) > 0, "None or a non-empty tuple of ints >= 0", ids, "allowed_token_ids")
+        own["tagged"] = spans = tuple(self.tagged)
+        require(all(isinstance(span, TaggedSpan) for span in spans), "TaggedSpans", spans, "tagged")
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
@@ -160,6 +169,9 @@ class SamplingParams:
         most, least = self.max_tokens, self.min_tokens
         require(is_int(most) and 1 <= most < 1 << 31, "an int >= 1, below 2^31", most, "max_tokens")
         require(is_int(least) and 0 <= least <= most, "an int, 0 <= min_tokens <= max_tokens", least, "min_tokens")
+        run, p = self.max_certain, self.certain
+        require(run is None or (is_int(run) and run >= 1), "an int >= 1 or None", run, "max_certain")
+        require(is_number(p) and 0 < p < 1, "0 < certain < 1", p, "certain")
         require(self.seed is None or is_int(self.seed), "an int or None", self.seed, "seed")
         require(isinstance(self.ignore_eos, bool), "True or False", self.ignore_eos, "ignore_eos")
         r = self.repetition_penalty

@@ -11,6 +11,7 @@ from foveate.rollout.config import EngineConfig, SamplingParams, cut, require, s
 from foveate.rollout.models.spec import ModelSpec
 from foveate.rollout.processor import Prompt, PromptProcessor
 from foveate.rollout.scheduler import Group, Sequence
+from foveate.rollout.tagged import SpanMasks
 from foveate.rollout.text import TextDecoder
 from foveate.rollout.types import Request
 
@@ -45,6 +46,7 @@ class Intake:
         prompt = self._prepare(request)
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
         banned = self._banned(request)
+        early = self._banned_early(banned, stop_ids) if sampling.min_tokens else banned
         group = Group(
             request=request,
             request_id=request_id,
@@ -52,7 +54,8 @@ class Intake:
             max_tokens=self._max_tokens(request, request_id, len(prompt.token_ids)),
             stop_ids=stop_ids,
             banned=banned,
-            banned_early=self._banned_early(banned, stop_ids) if sampling.min_tokens else banned,
+            banned_early=early,
+            spans=SpanMasks(sampling.tagged, banned, early) if sampling.tagged else None,
         )
         for _ in range(request.n):
             decoder = TextDecoder(self.processor.tokenizer) if sampling.stop else None

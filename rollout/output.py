@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def record(sequences: list[Sequence], drawn: SampleOutput) -> None:
         sequence.logprobs.append(logprob)
         sequence.log_kept.append(log_kept)
         sequence.entropy.append(entropy)
+        _follow(sequence, token, logprob)
         _finish(sequence, token)
 
 
@@ -30,6 +32,16 @@ def fail(group: Group, message: str) -> None:
     group.error = ValueError(f"request {group.request_id!r}: {message}")
     for sequence in group.sequences:
         sequence.finish_reason = "error"
+
+
+def _follow(sequence: Sequence, token: int, logprob: float) -> None:
+    """What is remembered of a sample from token to token."""
+    group, sampling = sequence.group, sequence.group.request.sampling
+    if group.spans is not None:
+        sequence.place = group.spans.after(sequence.place, token)
+    if sampling.max_certain is not None:
+        certain = logprob > math.log(sampling.certain)
+        sequence.num_certain = sequence.num_certain + 1 if certain else 0
 
 
 def _finish(sequence: Sequence, token: int) -> None:
@@ -42,8 +54,10 @@ def _finish(sequence: Sequence, token: int) -> None:
             return
         if len(sequence.token_ids) >= sampling.min_tokens and any(stop in text for stop in sampling.stop):
             sequence.finish_reason = "stop"
-    if token in group.stop_ids:
+    if token in group.stop_ids and not sequence.place.is_inside:
         sequence.finish_reason, sequence.stop_token_id = "stop", token
+    elif sequence.finish_reason is None and sampling.max_certain == sequence.num_certain:
+        sequence.finish_reason = "repetition"
     elif sequence.finish_reason is None and len(sequence.token_ids) == group.max_tokens:
         sequence.finish_reason = "length"
     if group.error is not None:

@@ -163,5 +163,8 @@ def _bans(sequences: list[Sequence]) -> torch.Tensor:
     for sequence in sequences:
         group = sequence.group
         early = len(sequence.token_ids) < group.request.sampling.min_tokens
-        rows.append(group.banned_early if early else group.banned)
+        if group.spans is not None:
+            rows.append(group.spans.mask(sequence.place, early))
+        else:
+            rows.append(group.banned_early if early else group.banned)
     return rows[0] if all(row is rows[0] for row in rows) else torch.stack(rows)

@@ -12,6 +12,7 @@ from foveate.rollout.pages import pages_for
 from foveate.rollout.prefill import Prefill
 from foveate.rollout.processor import Prompt
 from foveate.rollout.segments import Chunk, Segment, SegmentTree, identities, spans
+from foveate.rollout.tagged import OUTSIDE, Place, SpanMasks
 from foveate.rollout.text import TextDecoder
 from foveate.rollout.types import FinishReason, Request
 
@@ -31,6 +32,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     decoder: TextDecoder | None = None  # only with stop strings
+    place: Place = OUTSIDE  # in the spans of `SamplingParams.tagged`
+    num_certain: int = 0  # tokens in a row, up to the last, that were all but certain
     versions: list[tuple[int, int, int]] = field(default_factory=list)  # (start, end, weight version), see `mark`
 
     @property
@@ -79,6 +82,7 @@ class Group:
     stop_ids: frozenset[int]
     banned: torch.Tensor  # bool [vocab]
     banned_early: torch.Tensor  # bool [vocab], while fewer than min_tokens are drawn
+    spans: SpanMasks | None = None  # with SamplingParams.tagged
     identities: tuple[tuple[int, int], list[bytes]] | None = None  # weight versions, identity of each segment
     sequences: list[Sequence] = field(default_factory=list)
     path: list[Segment] = field(default_factory=list)

@@ -1,0 +1,112 @@
+"""Spans of a completion with a vocabulary of their own: which ids may be drawn before, in and after them.
+
+A model that writes `<depth> d17 d4 ... </depth>` or `<box> x y x y </box>` draws special tokens between two tags. The
+mask follows the tags as they are drawn: outside a span its special ids and its closing tag are banned, inside nothing
+else than them is allowed. Source of the use: perception tokens of AURORA (Bigverdi et al., arXiv 2412.03548).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from foveate.kernels.dispatch import require
+
+
+@dataclass(frozen=True)
+class TaggedSpan:
+    """`opening`, then `least` to `most` ids of `inside`, then `closing`; as often as the model opens it.
+
+    exclusive: ids of `inside` are drawn in a span only. most: None is without limit. Raises ValueError if the tags are
+    among the ids inside, are the same, or the numbers make no sense.
+    """
+
+    opening: int
+    closing: int
+    inside: tuple[int, ...]
+    least: int = 0
+    most: int | None = None
+    exclusive: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inside", tuple(self.inside))
+        ids = (self.opening, self.closing, *self.inside)
+        whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+        require(whole and len(self.inside) > 0, "ids >= 0, at least one inside", ids[:9], "tagged")
+        distinct = self.opening != self.closing and not {self.opening, self.closing} & {*self.inside}
+        require(distinct, "two tags that are not among the ids inside", ids[:9], "tagged")
+        require(self.least >= 0, "least >= 0", self.least, "tagged")
+        fits = self.most is None or self.most >= max(self.least, 1)
+        require(fits, f"most >= {max(self.least, 1)} or None", self.most, "tagged")
+
+
+class Place(NamedTuple):
+    """Where a sample stands: in which span (-1: in none), and how many ids of it it has drawn."""
+
+    span: int = -1
+    length: int = 0
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the last id drawn is one of a span's own."""
+        return self.span >= 0 and self.length > 0
+
+
+OUTSIDE = Place()
+
+
+class SpanMasks:
+    """The masks of one request's spans, and how a drawn id moves a sample from one to the other.
+
+    banned: bool [vocab], what is never drawn. early: the same while stop ids are banned, too.
+    Raises ValueError if an id lies beyond the vocabulary, a tag cannot be drawn, nothing could be drawn in some place,
+    or two spans share an opening tag.
+    """
+
+    def __init__(self, spans: Sequence[TaggedSpan], banned: torch.Tensor, early: torch.Tensor):
+        self.spans = tuple(spans)
+        self._of_opening = {span.opening: index for index, span in enumerate(self.spans)}
+        require(len(self._of_opening) == len(self.spans), "an opening tag for each span", spans, "tagged")
+        for span in self.spans:
+            self._check(span, banned)
+        hidden = [i for span in self.spans for i in (span.closing, *(span.inside if span.exclusive else ()))]
+        self._outside, self._outside_early = banned.clone(), early.clone()
+        for mask in (self._outside, self._outside_early):
+            mask[hidden] = True
+            require(not bool(mask.all()), "an id that may be drawn outside the spans", None, "tagged")
+        self._inside = [_only(banned, span.inside) for span in self.spans]
+        self._may_close = [_only(banned, (*span.inside, span.closing)) for span in self.spans]
+        self._must_close = [_only(banned, (span.closing,)) for span in self.spans]
+
+    def mask(self, place: Place, early: bool) -> torch.Tensor:
+        """bool [vocab]: what the next id must not be. The same tensor for the same place."""
+        if place.span < 0:
+            return self._outside_early if early else self._outside
+        span = self.spans[place.span]
+        if place.length < span.least:
+            return self._inside[place.span]
+        return (self._must_close if place.length == span.most else self._may_close)[place.span]
+
+    def after(self, place: Place, token: int) -> Place:
+        """Where a sample stands once it has drawn `token`."""
+        if place.span < 0:
+            return Place(self._of_opening.get(token, -1))
+        return OUTSIDE if token == self.spans[place.span].closing else Place(place.span, place.length + 1)
+
+    @staticmethod
+    def _check(span: TaggedSpan, banned: torch.Tensor) -> None:
+        beyond = [i for i in (span.opening, span.closing, *span.inside) if i >= len(banned)]
+        require(not beyond, f"ids < {len(banned)}", beyond[:9], "tagged")
+        lost = [i for i in (span.opening, span.closing) if banned[i]]
+        require(not lost, "tags that are not banned", lost, "tagged")
+        require(not bool(banned[list(span.inside)].all()), "an id inside that is not banned", None, "tagged")
+
+
+def _only(banned: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
+    """Everything is banned but these ids, as far as they are not."""
+    mask = torch.ones_like(banned)
+    mask[list(ids)] = banned[list(ids)]
+    return mask

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator
-from itertools import count
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,8 +15,9 @@ from torch import nn
 
 from foveate.kernels.dispatch import choose
 from foveate.rollout import models, output
-from foveate.rollout.asynchronous import AsyncCalls, Stepper
+from foveate.rollout.asynchronous import Stepper
 from foveate.rollout.config import EngineConfig, require
+from foveate.rollout.desk import Desk
 from foveate.rollout.intake import Intake
 from foveate.rollout.models.weights import Weights
 from foveate.rollout.modes import own_modes
@@ -28,8 +29,7 @@ from foveate.rollout.runner import Runner, num_pages
 from foveate.rollout.scheduler import Batch, Group, Scheduler
 from foveate.rollout.scoring import Scoring
 from foveate.rollout.segments import SegmentTree
-from foveate.rollout.turns import Turns
-from foveate.rollout.types import Request, RolloutGroup
+from foveate.rollout.types import Request, RolloutGroup, Versions
 from foveate.rollout.updates import Updates
 
 
@@ -41,7 +41,7 @@ def _promised(name: str) -> Callable[..., NoReturn]:
     return method
 
 
-class Engine(AsyncCalls, Reports, Scoring, Updates):
+class Engine(Reports, Scoring, Updates):
     """Completes each request n times over one copy of its prompt, with exact log-probs.
 
     model: a transformers causal language model of a family in `foveate.rollout.models.FAMILIES`. The engine
@@ -65,7 +65,7 @@ class Engine(AsyncCalls, Reports, Scoring, Updates):
         for family in ("layers", "paged_attention", "sampling"):
             choose(family, self.config.backend, device)
         self._weights = Weights(self.spec, self.config.dtype, self.config.fuse)
-        self.weight_version = self.vision_version = 0
+        self._versions = Versions()
         self.num_requests = 0  # added so far: the seed of a request that brings none depends on it
         pool = PagePool(num_pages(self.spec, self._weights, self.config))
         self._tree = SegmentTree(pool, self.config.page_size)
@@ -74,24 +74,30 @@ class Engine(AsyncCalls, Reports, Scoring, Updates):
         with own_modes(device):
             self._runner = Runner(self.spec, self._weights, self.config, pool.num_pages)
             self._intake = Intake(self.config, self.spec, self._processor)
-        self._turns = Turns()  # whoever changes what follows holds it; prompts are prepared without
-        self._preparing = threading.Lock()  # processors and tokenizers need not be thread-safe
-        self._stepper = Stepper()
-        self._groups: dict[str, Group] = {}  # unfinished, by request id
-        self._outbox: deque[RolloutGroup] = deque()  # finished, not handed out yet
-        self._numbers = count()  # for the names of requests that bring none
-        self._counts = dict.fromkeys(("finished", "failed", "prefilled_tokens", "tokens", "steps"), 0)
+        finish = partial(output.finish, tokenizer=self._processor.tokenizer, versions=self._versions)
+        self._desk = Desk(
+            self._scheduler, finish
+        )  # whoever changes anything has its turn; prompts are prepared without
+        self._preparing = threading.Lock()  # of prompts, without a turn; tokenizers need not be thread-safe
+        self._stepper = Stepper(self._desk)
+        self._num_prefilled = self._num_steps = 0
         self._seconds = 0.0
 
     @classmethod
     def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None, **model_kwargs: Any) -> Engine:
-        """Loads model, tokenizer, image processor with transformers, weights from safetensors, onto config.device."""
+        """Loads model, tokenizer, image processor with transformers, weights from safetensors, onto config.device.
+
+        Code that comes with a model is not run unless `model_kwargs` has trust_remote_code=True.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-        has_vision = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+        model_kwargs = {"trust_remote_code": False, **model_kwargs}  # None would ask on stdin
+        trust = model_kwargs["trust_remote_code"]
+        has_vision = hasattr(AutoConfig.from_pretrained(path, trust_remote_code=trust), "vision_config")
         auto = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
         model = auto.from_pretrained(path, use_safetensors=True, **model_kwargs)
-        return cls(model.eval().to(config and config.device), load_processor(path, has_vision), config)
+        processor = load_processor(path, has_vision, trust_remote_code=trust)
+        return cls(model.eval().to(config and config.device), processor, config)
 
     @property
     def shares_weights(self) -> bool:
@@ -99,9 +105,19 @@ class Engine(AsyncCalls, Reports, Scoring, Updates):
         return self._weights.shares
 
     @property
+    def weight_version(self) -> int:
+        """How often the weights were updated."""
+        return self._versions.weights
+
+    @property
+    def vision_version(self) -> int:
+        """How often the weights of the vision tower were."""
+        return self._versions.vision
+
+    @property
     def has_unfinished(self) -> bool:
-        """True while a request is waiting or running, or a finished group was not handed out yet."""
-        return self._scheduler.has_unfinished or bool(self._outbox)
+        """True while a request of `add_request` waits or runs, or its group was not handed out by `step` yet."""
+        return self._desk.is_waited_for()
 
     def generate(
         self, requests: Iterable[Request], *, strict: bool = False, progress: bool | None = None
@@ -120,143 +136,117 @@ class Engine(AsyncCalls, Reports, Scoring, Updates):
         for _, group in self._run(list(requests)):
             yield group
 
+    async def generate_async(self, requests: Iterable[Request], *, strict: bool = False) -> list[RolloutGroup]:
+        """`generate` for asyncio: any number of calls may wait at a time and are served together.
+
+        Steps run on a thread of the engine's, so that the event loop stays free. Cancelling the call aborts its
+        requests. An exception of a step is raised in the calls whose requests it ended.
+        """
+        requests = list(requests)
+        groups = self._stepper.run(self._submit, self._advance, requests)
+        return output.in_order({index: group async for index, group in groups}, len(requests), strict)
+
+    async def stream_async(self, requests: Iterable[Request]) -> AsyncIterator[RolloutGroup]:
+        """`stream` for asyncio: yields each group as it finishes; closing the iterator aborts what is left."""
+        async with aclosing(self._stepper.run(self._submit, self._advance, list(requests))) as groups:
+            async for _, group in groups:
+                yield group
+
     def add_request(self, request: Request) -> str:
         """Queues a request and returns its id; raises ValueError, naming it, if it cannot run."""
         return self._add(request, self._name(request))
 
     def step(self) -> list[RolloutGroup]:
-        """Decodes what runs, prefills up to `max_batch_tokens` of what waits; returns the groups that finished."""
-        with self._turns:
-            start = time.perf_counter()
-            self._weights.check()
-            try:
-                with own_modes(self._weights.device):
-                    self._run_batch(self._scheduler.next(self._versions))
-            except BaseException as error:
-                self._fail_running(error)
-                raise
-            self._hand_out(self._scheduler.retire())
-            self._counts["steps"] += 1
-            self._seconds += time.perf_counter() - start
-            groups, self._outbox = list(self._outbox), deque()
-            return groups
+        """Decodes what runs, prefills up to `max_batch_tokens` of what waits; returns the groups that finished.
+
+        Those of requests that came by `add_request`; what `generate` and its kin asked for goes to them, whoever steps.
+        An exception ends what was running and is raised; what waits goes on with the next step.
+        """
+        with self._desk.turn():
+            self._advance()
+            return self._desk.take()
 
     def abort(self, request_id: str) -> None:
-        """Ends a request with what it has; its group comes with the next step. ValueError for an unknown id."""
-        with self._turns:
-            known = isinstance(request_id, str) and request_id in self._groups
-            require(known, "the id of an unfinished request", request_id, "request_id")
-            group = self._groups[request_id]
-            for sequence in group.sequences:
-                sequence.finish_reason = sequence.finish_reason or "abort"
-            self._hand_out([group] if self._scheduler.remove(group) else self._scheduler.retire())
+        """Ends a request with what it has; its group comes with the next step. ValueError for an unknown id.
+
+        May be called at any moment, by a signal handler too; a step under way is not disturbed.
+        """
+        self._desk.abort(request_id)
 
     interrupt, resume, sleep, wake = map(_promised, ("interrupt", "resume", "sleep", "wake"))
 
     def _run(self, requests: list[Request]) -> Iterator[tuple[int, RolloutGroup]]:
         """Yields (index of the request, its group) as groups finish."""
-        mine: dict[str, int] = {}
+        owner, indices = object(), {}
         try:
             for index, request in enumerate(requests):
-                name = self._name(request)
-                try:
-                    mine[self._add(request, name)] = index
-                except ValueError as error:
-                    yield index, self._refused(request, name, error)
-            while any(self._is_taken(name) for name in mine):  # a caller's own step() may have taken groups of a stream
-                for group in self._step_for(mine):
-                    yield mine.pop(group.request_id), group
+                name, refused = self._submit(request, owner)
+                if refused is not None:
+                    yield index, refused
+                else:
+                    indices[name] = index
+            while self._desk.is_waited_for(owner):
+                self._advance()
+                for group in self._desk.take(owner):
+                    yield indices[group.request_id], group
         finally:
-            self._forget(mine)
+            self._desk.release(owner)
 
-    def _step_for(self, mine: Container[str]) -> list[RolloutGroup]:
-        """A step that hands out these requests' groups and keeps the others for those who ask."""
-        with self._turns:
-            finished = self.step()
-            self._outbox.extend(group for group in finished if group.request_id not in mine)
-            return [group for group in finished if group.request_id in mine]
+    def _submit(self, request: Request, owner: object) -> tuple[str, RolloutGroup | None]:
+        """Queues a request for its owner; returns its id, and the failed group of one that cannot run."""
+        name = self._name(request)
+        try:
+            return self._add(request, name, owner), None
+        except ValueError as error:
+            with self._desk.turn():
+                self._desk.counts["failed"] += 1
+            return name, output.failed_group(request, name, error)
 
-    def _forget(self, names: Iterable[str]) -> None:
-        """Aborts these requests and drops their groups."""
-        with self._turns:
-            for name in names:
-                if name in self._groups:
-                    self.abort(name)
-            gone = set(names)
-            self._outbox = deque(group for group in self._outbox if group.request_id not in gone)
-
-    def _refused(self, request: Request, request_id: str, error: ValueError) -> RolloutGroup:
-        with self._turns:
-            self._counts["failed"] += 1
-        return output.failed_group(request, request_id, error)
-
-    def _add(self, request: Request, request_id: str) -> str:
-        self._enter(self._prepare(request, request_id))
+    def _add(self, request: Request, request_id: str, owner: object = None) -> str:
+        group = self._prepare(request, request_id)
+        with self._desk.turn():
+            self._desk.enter(group, owner)
+            self._intake.assign_seeds(group, self.num_requests)
+            self.num_requests += 1
         return request_id
 
     def _prepare(self, request: Request, request_id: str) -> Group:
         """What takes long about adding a request, and needs nothing that a step changes."""
         try:
-            require(not self._is_taken(request_id), "an id that is not in use", request_id, "request_id")
+            require(not self._desk.is_taken(request_id), "an id that is not in use", request_id, "request_id")
             with self._preparing, own_modes(torch.device("cpu")):
                 group = self._intake.admit(request, request_id)
-                self._scheduler.identify(group, self._versions)
+                self._scheduler.identify(group, self._versions.pair)
             self._scheduler.check(group)
         except ValueError as error:
             raise ValueError(f"request {request_id!r}: {error}") from error
         return group
 
-    def _enter(self, group: Group) -> None:
-        with self._turns:
-            name = group.request_id
-            fresh = not self._is_taken(name)  # another thread may have been faster
-            require(fresh, f"request {name!r}: an id that is not in use", name, "request_id")
-            self._intake.assign_seeds(group, self.num_requests)
-            self._scheduler.add(group)
-            self._groups[name] = group
-            self.num_requests += 1
+    def _advance(self) -> None:
+        """One step, whose results then lie at the desk."""
+        with self._desk.step():
+            start = time.perf_counter()
+            self._weights.check()
+            try:
+                with own_modes(self._weights.device):
+                    self._run_batch(self._scheduler.next(self._versions.pair))
+            except BaseException as error:
+                self._desk.fail_running(error)
+                raise
+            finally:
+                self._desk.collect()
+            self._num_steps += 1
+            self._seconds += time.perf_counter() - start
 
     def _run_batch(self, batch: Batch) -> None:
         if batch.decodes:
             output.record(batch.decodes, self._runner.decode(batch.decodes))
         if batch.chunks:
-            self._counts["prefilled_tokens"] += self._runner.prefill(batch.chunks)
+            output.fail_images(batch, self._scheduler.running, self._runner.encode(batch.chunks))
+            self._num_prefilled += self._runner.prefill(batch.chunks)
         if batch.firsts:
             output.record(batch.firsts, self._runner.first_tokens(batch.firsts))
 
-    def _fail_running(self, error: BaseException) -> None:
-        """After a step that broke off: KV may be half written, so what runs ends; what waits goes on."""
-        for group in {id(s.group): s.group for s in self._scheduler.running}.values():
-            output.fail(group, f"expected the step to end, got {error!r}")
-        self._hand_out(self._scheduler.retire())
-
-    def _hand_out(self, groups: list[Group]) -> None:
-        for group in groups:
-            del self._groups[group.request_id]
-            with own_modes(torch.device("cpu")):
-                finished = self._finished(group)
-            self._counts["failed" if group.error else "finished"] += 1
-            self._counts["tokens"] += sum(len(rollout.token_ids) for rollout in finished.rollouts)
-            self._outbox.append(finished)
-
-    def _finished(self, group: Group) -> RolloutGroup:
-        try:
-            return output.group_of(group, self._processor.tokenizer, self.weight_version)
-        except Exception as error:  # whatever a tokenizer raises concerns this group alone
-            output.fail(group, f"expected a tokenizer that decodes the drawn ids, got {error!r}")
-            return output.group_of(group, None, self.weight_version)
-
     def _name(self, request: Request) -> str:
         require(isinstance(request, Request), "a Request", request, "requests")
-        if request.request_id is not None:
-            return request.request_id
-        with self._turns:
-            return next(name for index in self._numbers if not self._is_taken(name := f"request-{index}"))
-
-    def _is_taken(self, request_id: str) -> bool:
-        with self._turns:
-            return request_id in self._groups or any(group.request_id == request_id for group in self._outbox)
-
-    @property
-    def _versions(self) -> tuple[int, int]:
-        return self.weight_version, self.vision_version
+        return self._desk.free_name() if request.request_id is None else request.request_id

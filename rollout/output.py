@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from foveate.kernels.sampling import SampleOutput
-from foveate.rollout.scheduler import Group, Sequence
-from foveate.rollout.types import Request, RequestError, Rollout, RolloutGroup
+from foveate.rollout.modes import own_modes
+from foveate.rollout.scheduler import Batch, Group, Sequence
+from foveate.rollout.segments import Segment
+from foveate.rollout.types import Request, RequestError, Rollout, RolloutGroup, Versions
 
 
 def record(sequences: list[Sequence], drawn: SampleOutput) -> None:
@@ -32,6 +35,24 @@ def fail(group: Group, message: str) -> None:
     group.error = ValueError(f"request {group.request_id!r}: {message}")
     for sequence in group.sequences:
         sequence.finish_reason = "error"
+
+
+def fail_images(batch: Batch, running: Iterable[Sequence], failed: dict[Segment, str]) -> None:
+    """Ends the groups whose prompt holds an image that was not encoded, and takes what only they need off the batch.
+
+    failed: segment -> what the tower raised. Images of several groups in one segment end them all.
+    """
+    if not failed:
+        return
+    running = list(running)
+    for group in dict.fromkeys(sequence.group for sequence in running):
+        reasons = [failed[segment] for segment in group.path if segment in failed]
+        if reasons:
+            fail(group, f"expected images that the vision tower encodes, got {reasons[0]}")
+    going_on = [sequence for sequence in running if sequence.group.error is None]
+    needed = {segment for sequence in going_on for segment in (*sequence.group.path, sequence.leaf)}
+    batch.chunks = [chunk for chunk in batch.chunks if chunk.segment in needed]
+    batch.firsts = [sequence for sequence in batch.firsts if sequence.group.error is None]
 
 
 def _follow(sequence: Sequence, token: int, logprob: float) -> None:
@@ -83,13 +104,19 @@ def group_of(group: Group, tokenizer: Any, version: int) -> RolloutGroup:
     )
 
 
+def finish(group: Group, tokenizer: Any, versions: Versions) -> RolloutGroup:
+    """The group of a request that has ended, whatever the tokenizer does."""
+    with own_modes(torch.device("cpu")):
+        try:
+            return group_of(group, tokenizer, versions.weights)
+        except Exception as error:  # what a tokenizer raises concerns this group alone
+            fail(group, f"expected a tokenizer that decodes the drawn ids, got {error!r}")
+            return group_of(group, None, versions.weights)
+
+
 def in_order(finished: dict[int, RolloutGroup], count: int, strict: bool) -> list[RolloutGroup]:
     """The groups of a call in request order; strict: RequestError if one of them failed."""
-    groups = [finished[index] for index in range(count) if index in finished]
-    if len(groups) < count:
-        raise RuntimeError(
-            f"expected the groups of {count} requests, got {len(groups)}: others went to a call of step()"
-        )
+    groups = [finished[index] for index in range(count)]
     if strict and (errors := [group.error for group in groups if group.error]):
         raise RequestError(f"{len(errors)} of {count} requests failed, the first: {errors[0]}", groups)
     return groups

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from foveate.rollout.desk import Desk
 from foveate.rollout.models.weights import Weights
 from foveate.rollout.runner import Runner
 from foveate.rollout.scheduler import Scheduler
 from foveate.rollout.segments import SegmentTree
+from foveate.rollout.types import Versions
 from foveate.rollout.vision import vision_stats
 
 
@@ -13,9 +15,10 @@ class Reports:
     """Counters and bytes of an engine."""
 
     num_requests: int
-    weight_version: int
-    vision_version: int
-    _counts: dict[str, int]
+    _versions: Versions
+    _desk: Desk
+    _num_prefilled: int
+    _num_steps: int
     _seconds: float
     _runner: Runner
     _scheduler: Scheduler
@@ -33,16 +36,18 @@ class Reports:
         """
         return {
             "requests": self.num_requests,
-            **self._counts,
+            **self._desk.counts,
+            "prefilled_tokens": self._num_prefilled,
+            "steps": self._num_steps,
             "seconds": self._seconds,
-            "tokens_per_second": self._counts["tokens"] / self._seconds if self._seconds else 0.0,
+            "tokens_per_second": self._desk.counts["tokens"] / self._seconds if self._seconds else 0.0,
             "shared_segments": self._tree.num_shared,
             "preempted": self._scheduler.num_preempted,
             **vision_stats(self._runner.vision),
             "running": len(self._scheduler.running),
             "waiting": len(self._scheduler.waiting),
-            "weight_version": self.weight_version,
-            "vision_version": self.vision_version,
+            "weight_version": self._versions.weights,
+            "vision_version": self._versions.vision,
         }
 
     def memory_report(self) -> dict[str, int | float]:

@@ -10,6 +10,7 @@ import torch
 from foveate.kernels import sampling
 from foveate.kernels.dispatch import require
 from foveate.rollout.config import EngineConfig
+from foveate.rollout.desk import Desk
 from foveate.rollout.intake import Intake
 from foveate.rollout.logits import TokenCounts, adjust
 from foveate.rollout.models.weights import Weights
@@ -18,7 +19,6 @@ from foveate.rollout.pages import PagePool, pages_for
 from foveate.rollout.processor import Prompt, PromptProcessor
 from foveate.rollout.runner import Runner
 from foveate.rollout.segments import Chunk, Segment, SegmentTree, identities, spans
-from foveate.rollout.turns import Turns
 from foveate.rollout.types import Request, Rollout, RolloutGroup, VisionInputs
 
 LOGIT_ROWS = 128  # rows of logits alive at once
@@ -32,7 +32,7 @@ class Scoring:
     _processor: PromptProcessor
     _runner: Runner
     _tree: SegmentTree
-    _turns: Turns
+    _desk: Desk
     _weights: Weights
 
     def score(self, groups: Iterable[RolloutGroup]) -> list[list[torch.Tensor]]:
@@ -46,7 +46,8 @@ class Scoring:
         naming the request, before anything is computed: for a group that failed, was pruned, is of another model, was
         drawn under several weight versions, or whose prompt and longest completion do not fit into the free pages.
         """
-        with self._turns:
+        with self._desk.turn():
+            self._desk.require_no_step("score")
             self._weights.check()
             with own_modes(torch.device("cpu")):
                 jobs = [self._job(group) for group in groups]

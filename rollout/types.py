@@ -162,6 +162,18 @@ class RolloutGroup:
         return drawn.pop() if len(drawn | set(self.kept_versions)) == 1 and drawn else None
 
 
+@dataclass
+class Versions:
+    """How often an engine's weights were updated, and those of its vision tower."""
+
+    weights: int = 0
+    vision: int = 0
+
+    @property
+    def pair(self) -> tuple[int, int]:
+        return self.weights, self.vision
+
+
 class RequestError(ValueError):
     """Raised by `Engine.generate(strict=True)` after all requests have ended; `groups` holds every group."""
 

@@ -44,23 +44,23 @@ class Updates:
         off, the versions stay and steps raise ValueError until a complete update, while requests wait.
         """
         require(in_flight in IN_FLIGHT, f"one of {IN_FLIGHT}", in_flight, "in_flight")
-        with self._turns:
-            if self._groups and in_flight == "error":
-                names = sorted(self._groups)[:3]
-                raise ValueError(f"expected no unfinished requests, got {len(self._groups)}: {names} ... (in_flight)")
+        with self._desk.turn():
+            self._desk.require_no_step("update_weights")
+            if in_flight == "error":
+                names = sorted(self._desk.groups)
+                require(not names, "no unfinished requests", f"{len(names)}: {names[:3]}", "in_flight")
             update = self._weights.plan(named, manifest, partial, vision_changed)
             if in_flight == "abort":
-                for request_id in list(self._groups):
-                    self.abort(request_id)
+                self._desk.abort_all()
             return _begin_version(self, self._weights.apply(update, vision_changed))
 
 
 def _begin_version(engine: Engine, changes_vision: bool) -> int:
     """Lets nothing of the old weights be found any more; returns the new version."""
-    vision = engine._runner.vision if changes_vision else None
-    engine._scheduler.keep(engine.weight_version, changes_vision=vision is not None)
-    engine.weight_version += 1
+    vision, versions = engine._runner.vision if changes_vision else None, engine._versions
+    engine._scheduler.keep(versions.weights, changes_vision=vision is not None)
+    versions.weights += 1
     if vision is not None:
-        engine.vision_version += 1
+        versions.vision += 1
         vision.clear()
-    return engine.weight_version
+    return versions.weights

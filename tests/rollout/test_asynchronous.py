@@ -5,43 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
-import time
 
 import pytest
 import torch
 
 from foveate.rollout.config import SamplingParams
 from foveate.rollout.testing import tiny_model
-from foveate.rollout.turns import Turns
 from foveate.rollout.types import Request, RequestError
-
-SECONDS = 60  # far beyond what anything here takes
-
-
-def prompts(count: int, **sampling) -> list[Request]:
-    """Token-id prompts of several lengths; a seed of its own each, so that the order of adding decides nothing."""
-    sampling = {"max_tokens": 6, "ignore_eos": True, **sampling}
-    return [
-        Request([1 + i] * (3 + i % 5), n=1 + i % 3, sampling=SamplingParams(seed=i, **sampling)) for i in range(count)
-    ]
-
-
-def tokens(groups) -> list[list[list[int]]]:
-    return [[rollout.token_ids.tolist() for rollout in group.rollouts] for group in groups]
-
-
-def steppers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "foveate-steps"]
-
-
-def assert_idle(engine) -> None:
-    """Nothing is left of any request, and the thread that stepped has ended."""
-    for thread in steppers():
-        thread.join(SECONDS)
-    report, stats = engine.memory_report(), engine.stats()
-    assert (report["kv_pages_used"], stats["running"], stats["waiting"]) == (0, 0, 0)
-    assert not engine.has_unfinished
-    assert not steppers()
+from foveate.testing.callers import SECONDS, assert_idle, prompts, steppers, tokens
 
 
 @pytest.fixture
@@ -212,61 +183,104 @@ def test_generate_in_threads_beside_asyncio(engine, expected):
     assert_idle(engine)
 
 
-def test_groups_that_another_step_takes_are_missed_with_a_reason(engine):
-    async def main():
-        call = asyncio.create_task(engine.generate_async(prompts(1, max_tokens=300)))
-        while not engine.stats()["running"]:
-            await asyncio.sleep(0.001)
-        with engine._turns:  # a loop of the caller's own, before the engine's thread
-            while not engine.step():
-                pass
-        await call
+def test_everyone_gets_what_is_theirs_whoever_steps(engine, expected):
+    """A loop of add_request and step beside generate, a stream and asyncio: no group goes to another."""
+    results: dict[str, list] = {}
+    begun = threading.Event()
 
-    with pytest.raises(RuntimeError, match=r"others went to a call of step\(\)"):
-        asyncio.run(asyncio.wait_for(main(), SECONDS))
-    assert_idle(engine)
+    def by_hand() -> None:
+        names = [engine.add_request(request) for request in prompts(6, max_tokens=30)]
+        begun.set()
+        groups = {}
+        while engine.has_unfinished:
+            groups |= {group.request_id: group for group in engine.step()}
+        results["hand"] = tokens(groups[name] for name in names)
+        assert set(groups) == set(names)
 
+    def by_generate() -> None:
+        begun.wait(SECONDS)
+        results["generate"] = tokens(engine.generate(prompts(4, max_tokens=25)))
 
-def test_requests_may_be_added_by_many_threads(make_engine, expected):
-    engine = make_engine("qwen3")
-    ids: dict[int, list[str]] = {}
-
-    def work(index: int) -> None:
-        ids[index] = [engine.add_request(request) for request in prompts(8)]
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    threads = [threading.Thread(target=work) for work in (by_hand, by_generate)]
     for thread in threads:
         thread.start()
-    groups = {}
-    while any(thread.is_alive() for thread in threads) or engine.has_unfinished:
-        groups |= {group.request_id: group for group in engine.step()}
-    assert len(groups) == 32
-    for names in ids.values():
-        assert tokens(groups[name] for name in names) == expected(prompts(8))
-    assert_idle(engine)
-
-
-def test_one_name_in_two_threads_is_given_once(make_engine):
-    engine = make_engine("qwen3")
-    outcomes: list[str] = []
-    barrier = threading.Barrier(4)
-
-    def work() -> None:
-        barrier.wait(SECONDS)
-        try:
-            outcomes.append(engine.add_request(Request([1, 2], request_id="same")))
-        except ValueError as error:
-            outcomes.append(str(error))
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
+    results["asyncio"] = tokens(asyncio.run(engine.generate_async(prompts(5, max_tokens=20))))
     for thread in threads:
         thread.join(SECONDS)
-    assert outcomes.count("same") == 1
-    assert all("an id that is not in use" in outcome for outcome in outcomes if outcome != "same")
-    engine.abort("same")
-    assert [group.request_id for group in engine.step()] == ["same"]
+    assert results == {
+        "hand": expected(prompts(6, max_tokens=30)),
+        "generate": expected(prompts(4, max_tokens=25)),
+        "asyncio": expected(prompts(5, max_tokens=20)),
+    }
+    assert_idle(engine)
+
+
+def test_a_loop_that_closes_takes_nobody_with_it(engine, expected, monkeypatch):
+    """The thread that steps outlives a caller whose loop is closed when its group comes."""
+    from foveate.rollout.asynchronous import _Call
+
+    put = _Call.put
+
+    class Closed:
+        def call_soon_threadsafe(self, *_):
+            raise RuntimeError("Event loop is closed")
+
+    def lose_first(call, item):
+        monkeypatch.setattr(_Call, "put", put)
+        loop, call.loop = call.loop, Closed()
+        put(call, item)
+        call.loop = loop
+        loop.call_soon_threadsafe(call.items.put_nowait, item)
+
+    monkeypatch.setattr(_Call, "put", lose_first)
+    assert tokens(asyncio.run(engine.generate_async(prompts(3)))) == expected(prompts(3))
+    assert_idle(engine)
+
+
+def test_a_thread_that_cannot_start_is_tried_again(engine, expected, monkeypatch):
+    start, failures = threading.Thread.start, [RuntimeError("can't start new thread")]
+
+    def fail_once(thread):
+        if thread.name == "foveate-steps" and failures:
+            raise failures.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", fail_once)
+    with pytest.raises(RuntimeError, match="can't start"):
+        asyncio.run(engine.generate_async(prompts(1)))
+    call = asyncio.wait_for(engine.generate_async(prompts(2)), SECONDS)
+    assert tokens(asyncio.run(_awaited(call))) == expected(prompts(2))
+    assert_idle(engine)
+
+
+async def _awaited(call):
+    return await call
+
+
+def test_a_step_that_breaks_off_ends_only_the_calls_it_ran(make_engine, expected):
+    """With room for one sample the second call waits, and gets its groups."""
+    engine = make_engine("qwen3", max_sequences=1)
+    one, other = prompts(1, max_tokens=20), prompts(1, max_tokens=8)
+    decode, calls = engine._runner.decode, []
+
+    def break_once(sequences):
+        calls.append(len(sequences))
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return decode(sequences)
+
+    engine._runner.decode = break_once
+
+    async def main():
+        first = asyncio.create_task(engine.generate_async(one))
+        while not engine.stats()["running"]:
+            await asyncio.sleep(0.001)
+        return await asyncio.gather(first, engine.generate_async(other), return_exceptions=True)
+
+    first, second = asyncio.run(asyncio.wait_for(main(), SECONDS))
+    assert isinstance(first, RuntimeError)
+    assert tokens(second) == expected(other)
+    assert_idle(engine)
 
 
 def test_an_engine_with_a_past_is_freed(make_engine):
@@ -282,53 +296,3 @@ def test_an_engine_with_a_past_is_freed(make_engine):
     del engine
     gc.collect()
     assert known() is None
-
-
-class TestTurns:
-    def test_first_come_first_served(self):
-        turns, order = Turns(), []
-
-        def work(index: int) -> None:
-            with turns:
-                order.append(index)
-
-        threads = []
-        with turns, turns:  # reentrant
-            for index in range(5):
-                threads.append(threading.Thread(target=work, args=(index,)))
-                threads[-1].start()
-                while len(turns._waiting) < index + 1:
-                    time.sleep(0.001)
-            assert order == []
-        for thread in threads:
-            thread.join(SECONDS)
-        assert order == [0, 1, 2, 3, 4]
-
-    def test_a_loop_that_takes_it_again_and_again_keeps_nobody_out(self):
-        turns, stop, count = Turns(), threading.Event(), [0]
-
-        def spin() -> None:
-            while not stop.is_set():
-                with turns:
-                    count[0] += 1
-                    time.sleep(0.001)
-
-        thread = threading.Thread(target=spin)
-        thread.start()
-        while not count[0]:
-            time.sleep(0.001)
-        for _ in range(20):
-            before = count[0]
-            with turns:
-                assert count[0] <= before + 2  # the round under way, and at most the one begun before we asked
-        stop.set()
-        thread.join(SECONDS)
-
-    def test_an_exception_gives_it_back(self):
-        turns = Turns()
-        with pytest.raises(KeyError), turns:
-            raise KeyError
-        taken = threading.Thread(target=lambda: turns.__enter__() or turns.__exit__())
-        taken.start()
-        taken.join(SECONDS)
-        assert not taken.is_alive()

@@ -279,7 +279,7 @@ def one_engine():
 def shared(one_engine):
     """The same, left clean for the next case by one that fails."""
     yield one_engine
-    for name in list(one_engine.engine._groups):
+    for name in list(one_engine.engine._desk.groups):
         one_engine.engine.abort(name)
     one_engine.engine.step()
 
@@ -305,7 +305,7 @@ def assert_alone(shared: SimpleNamespace, bad: Request, message: str) -> None:
     assert engine.stats()["failed"] == failures + 1
     assert engine.memory_report()["kv_pages_used"] == 0
     assert not engine.has_unfinished
-    assert not engine._groups
+    assert not engine._desk.groups
 
 
 @pytest.mark.parametrize("case", BAD_REQUESTS)

@@ -184,7 +184,7 @@ def check(shared: SimpleNamespace, batch: list[Drawn]) -> None:
             assert all(torch.isfinite(r.logprobs).all() for r in group.rollouts)
     assert engine.memory_report()["kv_pages_used"] == 0
     assert not engine.has_unfinished
-    assert not engine._groups
+    assert not engine._desk.groups
 
 
 pictured = st.lists(st.sampled_from(GOOD_PICTURES), min_size=1, max_size=2).map(

@@ -43,7 +43,7 @@ def tokens_of(groups) -> list[list[list[int]]]:
 def assert_empty(engine: Engine) -> None:
     assert engine.memory_report()["kv_pages_used"] == 0
     assert not engine.has_unfinished
-    assert not engine._groups
+    assert not engine._desk.groups
 
 
 def pictured(ids, pixels=PIXELS, grid=GRID, **fields) -> dict:

@@ -37,7 +37,7 @@ def tokens_of(groups) -> list[list[list[int]]]:
 def assert_empty(engine: Engine) -> None:
     assert engine.memory_report()["kv_pages_used"] == 0
     assert not engine.has_unfinished
-    assert not engine._groups
+    assert not engine._desk.groups
 
 
 def test_abort(engine):

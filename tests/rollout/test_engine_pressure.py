@@ -138,7 +138,7 @@ def test_images_cut_by_chunks(cache, budget, chat, picture, make_engine, assert_
     engine.step()
     held = []
     while engine.has_unfinished:
-        held += [len(s.features) for group in engine._groups.values() for s in group.path if not s.num_missing]
+        held += [len(s.features) for group in engine._desk.groups.values() for s in group.path if not s.num_missing]
         engine.step()
     assert held
     assert not any(held), "features go with the last chunk that needs them"
@@ -225,7 +225,6 @@ def _forget_the_last(self: Scheduler, sequence: Sequence) -> None:
 
 
 def _features_from_the_start(self: Runner, chunks):
-    self._encode(chunks)
     for chunk in chunks:
         chunk.segment.features = {key: value.flip(0) for key, value in chunk.segment.features.items()}
     return ORIGINAL_EMBED(self, chunks)

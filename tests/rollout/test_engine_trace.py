@@ -40,7 +40,7 @@ class Trace:
         self.streams: list[Iterator[RolloutGroup]] = []
         self.drawn: dict[str, list[list[tuple[int, int]]]] = {}  # tokens of each sample at each update, its version
         self.ended_under: dict[str, int] = {}  # version of the weights when they ended
-        self.hand_out, engine._hand_out = engine._hand_out, self.note_ended
+        self.finish, engine._desk._finish = engine._desk._finish, self.note_ended
         self.num_mixed = 0  # rollouts of more than one version
         self.operations = {
             self.add: 6, self.step: 12, self.abort: 2, self.update: 1, self.bad_update: 1, self.torn_update: 1,
@@ -62,7 +62,7 @@ class Trace:
         assert self.ended.keys() >= set(self.added), "each request ends exactly once"
         stats = self.engine.stats()
         assert (stats["running"], stats["waiting"]) == (0, 0)
-        assert not self.engine._groups
+        assert not self.engine._desk.groups
         assert not self.engine._tree._by_identity
         self.check_report()
 
@@ -127,7 +127,7 @@ class Trace:
         self.take(self.engine.step())
 
     def abort(self) -> None:
-        running = sorted(self.mine & self.engine._groups.keys())
+        running = sorted(self.mine & self.engine._desk.groups.keys())
         if running:
             self.engine.abort(self.random.choice(running))
 
@@ -140,10 +140,10 @@ class Trace:
         assert rollout.weight_versions == tuple(expected)
         self.num_mixed += len(expected) > 1
 
-    def note_ended(self, groups: list[Group]) -> None:
+    def note_ended(self, group: Group) -> RolloutGroup:
         """Streams and the engine may hold a group that ended until after the next update."""
-        self.ended_under |= {group.request_id: self.engine.weight_version for group in groups}
-        self.hand_out(groups)
+        self.ended_under[group.request_id] = self.engine.weight_version
+        return self.finish(group)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """New ones, not far from the old ones."""
@@ -158,12 +158,12 @@ class Trace:
             [((), None), (new, None), (list(new.items()), manifest), (iter(new.items()), None)]
             + [(iter(new.items()), manifest)] * 2
         )
-        drawn = {name: [len(s.token_ids) for s in group.sequences] for name, group in engine._groups.items()}
+        drawn = {name: [len(s.token_ids) for s in group.sequences] for name, group in engine._desk.groups.items()}
         versions = engine.weight_version, engine.vision_version
         engine.update_weights(named, manifest=manifest, in_flight=in_flight, **more)
         assert engine.weight_version == versions[0] + 1
-        assert engine._groups.keys() == (drawn.keys() if in_flight == "keep" else set())
-        for name in engine._groups:
+        assert engine._desk.groups.keys() == (drawn.keys() if in_flight == "keep" else set())
+        for name in engine._desk.groups:
             marks = self.drawn.setdefault(name, [[] for _ in drawn[name]])
             for mark, count in zip(marks, drawn[name], strict=True):
                 mark.append((count, versions[0]))
@@ -171,7 +171,7 @@ class Trace:
             assert engine.memory_report()["vision_cache"] == 0
 
     def update(self) -> None:
-        if self.engine._groups:
+        if self.engine._desk.groups:
             with pytest.raises(ValueError, match="unfinished requests"):
                 self.engine.update_weights()
         self.change(self.random.choice(("abort", "keep", "keep")), vision_changed=self.random.choice((None, True)))
@@ -190,11 +190,11 @@ class Trace:
         """A stream that breaks off: nothing runs until a complete update, and nothing is lost."""
         engine, new = self.engine, list(self.weights().items())
         in_flight = self.random.choice(("abort", "keep"))
-        before, version = set(engine._groups), engine.weight_version
+        before, version = set(engine._desk.groups), engine.weight_version
         manifest = {name: (tensor.shape, tensor.dtype) for name, tensor in new} if self.random.random() < 0.5 else None
         with pytest.raises(ValueError, match="missing"):
             engine.update_weights(iter(new[: self.random.randrange(len(new))]), manifest=manifest, in_flight=in_flight)
-        assert (set(engine._groups), engine.weight_version) == (before if in_flight == "keep" else set(), version)
+        assert (set(engine._desk.groups), engine.weight_version) == (before if in_flight == "keep" else set(), version)
         if self.random.random() < 0.5:
             self.add()
         for refused in (engine.step, lambda: engine.generate([self.request()], progress=False)):
@@ -226,7 +226,7 @@ class Trace:
             self.take(self.engine.step())
         except Broken:
             assert not self.engine._scheduler.running
-            assert not running & self.engine._groups.keys()
+            assert not running & self.engine._desk.groups.keys()
         finally:
             delattr(runner, name)
 
@@ -254,7 +254,7 @@ class Trace:
         """The pages in use are those of the segments that unfinished groups hold, each held as often as counted."""
         engine = self.engine
         held: Counter = Counter()
-        for group in engine._groups.values():
+        for group in engine._desk.groups.values():
             held.update(group.path)
             held.update(sequence.leaf for sequence in group.sequences if sequence.leaf is not None)
         segments = set(held)
@@ -268,16 +268,16 @@ class Trace:
         assert set(engine._tree._by_identity.values()) == {s for s in segments if s.identity is not None}
         unfinished = {s.group.request_id for s in engine._scheduler.running}
         unfinished |= {group.request_id for group in engine._scheduler.waiting}
-        assert unfinished == engine._groups.keys()
-        waiting = {group.request_id for group in engine._outbox}
-        assert self.mine <= engine._groups.keys() | waiting, "no request is lost"
+        assert unfinished == engine._desk.groups.keys()
+        waiting = set(engine._desk._outbox)
+        assert self.mine <= engine._desk.groups.keys() | waiting, "no request is lost"
         features = {key: f for segment in segments for key, f in segment.features.items()}
         cached = {key: entry.features for key, entry in engine._runner.vision._entries.items()} if features else {}
         assert all(f.data_ptr() == cached[key].data_ptr() for key, f in features.items()), "no byte is held uncounted"
         held_bytes = sum(feature.nbytes for feature in features.values())
         assert report["vision_cache"] == self.cached_bytes() <= max(engine.config.vision_cache_memory, held_bytes)
         stats = engine.stats()
-        assert stats["finished"] + stats["failed"] + len(engine._groups) >= len(self.added)
+        assert stats["finished"] + stats["failed"] + len(engine._desk.groups) >= len(self.added)
 
 
 @pytest.fixture(scope="module")

@@ -287,7 +287,7 @@ def test_a_score_waits_for_its_turn(hello):
     engine, group = hello
     found: list = []
     thread = threading.Thread(target=lambda: found.extend(engine.score([group])))
-    with engine._turns:
+    with engine._desk.turn():
         thread.start()
         thread.join(0.05)
         assert not found

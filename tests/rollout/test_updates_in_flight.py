@@ -144,7 +144,7 @@ def test_a_prompt_computed_under_two_versions(family, steps, states, make_engine
         engine.step()
     assert engine.stats()["prefilled_tokens"] == 5 * steps
     engine.update_weights(iter(states[1].items()), in_flight="keep")
-    assert all(not segment.features for segment in engine._groups[name].path)
+    assert all(not segment.features for segment in engine._desk.groups[name].path)
     group = finish(engine)[name]
     assert engine.stats()["prefilled_tokens"] == 16
     assert engine.stats()["images_encoded"] == (vision is not None) * (1 if steps == 3 else 2)
@@ -294,7 +294,7 @@ def test_pressure(pages, steps, states, small):
     for _ in range(steps):
         engine.step()
     before = stored_of(engine)
-    drawn = {name: [len(s.token_ids) for s in engine._groups[name].sequences] for name in names}
+    drawn = {name: [len(s.token_ids) for s in engine._desk.groups[name].sequences] for name in names}
     engine.update_weights(states[1], in_flight="keep")
     kept = stored_of(engine)
     assert list(kept) == list(before)[: len(kept)], "a beginning of the order"
@@ -323,4 +323,4 @@ def test_pressure(pages, steps, states, small):
 
 
 def ended(engine, key: tuple[str, int]) -> bool:
-    return engine._groups[key[0]].sequences[key[1]].finish_reason is not None
+    return engine._desk.groups[key[0]].sequences[key[1]].finish_reason is not None

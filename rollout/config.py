@@ -62,7 +62,7 @@ def is_number(value: object) -> bool:
     return isinstance(value, float) or is_int(value)
 
 
-def _plain_scalars(config: Any) -> None:
+def plain_scalars(config: Any) -> None:
     """Scalars of numpy, as its generators and arrays give them, become Python's."""
     for field in fields(config):
         value = getattr(config, field.name)
@@ -142,7 +142,7 @@ class SamplingParams:
     certain: float = 0.99
 
     def __post_init__(self) -> None:
-        _plain_scalars(self)
+        plain_scalars(self)
         self._check_numbers()
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         strings = isinstance(stop, (tuple, list)) and all(isinstance(s, str) and s for s in stop)
@@ -240,7 +240,7 @@ class EngineConfig:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        _plain_scalars(self)
+        plain_scalars(self)
         require(self.backend is None or isinstance(self.backend, str), "a str or None", self.backend, "backend")
         check_request(self.backend)
         for name in ("page_size", "max_batch_tokens", "max_sequences", "decode_burst"):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from foveate.rollout.config import SamplingParams, is_int, require
+from foveate.rollout.config import SamplingParams, is_int, plain_scalars, require
 
 MAX_SAMPLES = 1 << 16  # of a request; each takes memory even if the request is refused
 LONGEST_ID = 1000  # characters; errors repeat the id
@@ -50,6 +50,7 @@ class Request:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        plain_scalars(self)
         request_id, n, images = self.request_id, self.n, self.images
         named = request_id is None or (isinstance(request_id, str) and len(request_id) <= LONGEST_ID)
         require(named, f"a str of at most {LONGEST_ID} characters, or None", request_id, "request_id")

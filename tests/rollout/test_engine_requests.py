@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -285,3 +286,12 @@ def test_from_pretrained(make_engine, processor, tmp_path, chat, picture):
         requests = [chat("Loaded?", images, n=2, max_tokens=6, seed=1)]
         assert_same(loaded.generate(requests, strict=True)[0], engine.generate(requests, strict=True)[0])
         assert loaded._intake.eos_ids == {special_id("<|im_end|>")}
+
+
+def test_scalars_of_numpy_are_numbers(make_engine):
+    """As they come from a data loader's arrays."""
+    sampling = SamplingParams(max_tokens=np.int64(3), temperature=np.float32(1), seed=np.int32(5))
+    request = Request([1, 2], n=np.int64(2), prefix_len=np.int64(1), sampling=sampling)
+    assert [type(value) for value in (request.n, request.prefix_len, sampling.max_tokens)] == [int] * 3
+    (group,) = make_engine("qwen3").generate([request], strict=True)
+    assert len(group.rollouts) == 2

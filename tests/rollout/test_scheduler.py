@@ -205,6 +205,16 @@ def test_samples_of_one_group_take_turns():
     assert driver.scheduler.num_preempted >= 3
 
 
+@pytest.mark.parametrize(("num_pages", "most"), [(8, 8), (9, 8), (11, 8), (13, 6)])
+def test_a_sample_comes_back_with_a_page_to_spare_for_each_that_runs(num_pages, most):
+    """Else the pages it comes back to are taken again in the steps that follow: 10, 10, 10 and 8 times in all."""
+    driver = Driver(scheduler_of(num_pages))
+    driver.add(*(group_of(name, [2], 2, 14) for name in "abc"))
+    while driver.unfinished:
+        driver.step()
+    assert 0 < driver.scheduler.num_preempted <= most
+
+
 @pytest.mark.parametrize("num_pages", [12, 60, 200])
 def test_hundreds_of_groups_in_flight(num_pages):
     driver = Driver(scheduler_of(num_pages, 4, max_sequences=256, max_batch_tokens=64), seed=3, stop_chance=0.05)

@@ -36,6 +36,8 @@ class GRPOConfig:
     eval_every, save_every: in steps, 0 is never. log_every: of printed lines. seed: of the order of prompts and of
     the requests that bring none. progress: "rich" (needs rich), "plain", "none", or "auto": rich where it is installed
     and stderr is a terminal, else plain. tensorboard: write event files too (needs tensorboard).
+    A resumed run has the same options; eval_every, save_every, log_every, progress, tensorboard, reward_workers may
+    change, and max_steps where the schedule is constant: others fall to 0 there.
     """
 
     prompts_per_step: int = 8

@@ -108,6 +108,14 @@ def token_means(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, f
     return means
 
 
+def check_extras(progress: str, tensorboard: bool) -> None:
+    """Raises ImportError for a missing extra that was asked for, naming it."""
+    if progress == "rich":
+        _extra("rich.progress", 'progress="rich"')
+    if tensorboard:
+        _extra("tensorboard", "tensorboard=True")
+
+
 class MetricsLog:
     """Writes each step's metrics to `metrics.jsonl` in output_dir, to event files, and to the reader.
 
@@ -144,7 +152,7 @@ class MetricsLog:
                 getattr(part, close)()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Records one step; it is on disk when this returns."""
+        """Records one step; the line outlives a kill of this process from here on, though not a power cut."""
         if self._file is not None:
             self._file.write(json.dumps(metrics) + "\n")
             self._file.flush()

@@ -238,14 +238,15 @@ class Processor:
     image_processor: Any = None
 
 
-def load_processor(path: Any, has_vision: bool) -> Processor:
+def load_processor(path: Any, has_vision: bool, *, trust_remote_code: bool = False) -> Processor:
     """The tokenizer of a saved model and, for a vision-language model, Qwen's image processor on PIL.
 
     The class is named, because `AutoImageProcessor` asks for torchvision in some versions of transformers.
+    trust_remote_code: run code that comes with the tokenizer.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if not has_vision:
         return Processor(tokenizer)
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

@@ -6,15 +6,17 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from foveate.kernels.policy_loss import group_advantage
-from foveate.rollout import checkpoint, grpo, metrics, parallel
+from foveate.rollout import checkpoint, grpo, metrics, parallel, resumption
 from foveate.rollout.config import require
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
@@ -22,6 +24,7 @@ from foveate.rollout.learner import Batch, Learner
 from foveate.rollout.policy import Sample, check_trainable
 from foveate.rollout.reward_pool import RewardPool
 from foveate.rollout.rewards import RewardTable
+from foveate.rollout.rewards.base import numbers
 from foveate.rollout.types import Request, RolloutGroup
 
 logger = logging.getLogger("foveate.trainer")
@@ -70,20 +73,26 @@ class Trainer:
         require(config.kl_coef == 0 or ref_model is not None, "a model for kl_coef > 0", None, "ref_model")
         require(config.save_every == 0 or output_dir is not None, "a path for save_every > 0", None, "output_dir")
         require(config.eval_every == 0 or evaluate is not None, "a function for eval_every > 0", None, "evaluate")
-        self.model, self.engine, self.reward = model, engine, reward
+        metrics.check_extras(config.progress, config.tensorboard)
+        self.model, self.engine, self.reward, self.ref_model = model, engine, reward, ref_model
         self.learner = Learner(model, ref_model, config)
         self.evaluate, self.callbacks = evaluate, list(callbacks)
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.step = 0
+        self._prompts: Callable[[], str | None] = lambda: None  # fingerprint of the whole data, where that is known
+        self._begun_with: str | None = None  # the same of the run whose checkpoint was loaded
 
     def train(self, prompts: Sequence[Request] | Iterable[Request]) -> None:
         """Runs until max_steps, or once through the prompts.
 
         A sequence is shuffled anew each epoch, by (seed, epoch), and continues at the current step; any other
-        iterable is consumed in order, and after a resume the caller hands over what is left.
+        iterable is consumed in order, and after a resume the caller hands over what is left. Raises ValueError for
+        another sequence than that of the run whose checkpoint was loaded.
         """
         config, total = self.config, self._num_steps(prompts)
-        parallel.check_same(config=config, step=self.step, weights=parallel.fingerprint(self.model))
+        self.identify(prompts)
+        same = self._prompts() if parallel.size() > 1 else None
+        parallel.check_same(config=config, step=self.step, prompts=same, weights=parallel.fingerprint(self.model))
         with self._log(total) as log:
             for requests in self._batches(prompts):
                 record = self.train_step(requests)
@@ -92,11 +101,13 @@ class Trainer:
                 log.write(self.step, record.metrics)
                 for callback in self.callbacks:
                     callback(record)
-                if config.save_every and self.step % config.save_every == 0 and parallel.rank() == 0:
+                if config.save_every and self.step % config.save_every == 0:
                     self.save_checkpoint(self.output_dir / f"step-{self.step}")  # type: ignore[operator]
 
     def train_step(self, requests: Sequence[Request]) -> StepRecord:
         """One rollout batch and its updates: generate and reward, update, tell the engine."""
+        if parallel.size() > 1:
+            parallel.check_same(requests=resumption.prompt_fingerprint(requests))
         clock = metrics.Clock()
         groups, tables = self._rollout(requests, clock)
         batch = self._batch(groups, tables)
@@ -114,16 +125,51 @@ class Trainer:
         report |= {"step": float(self.step), "group/failed": float(everyone.count(None))}
         return StepRecord(self.step, groups, tables, report)
 
-    def save_checkpoint(self, directory: str | Path) -> None:
-        """Writes model (for `from_pretrained`), optimiser, step and generators; complete or not at all."""
-        state = {"step": self.step, "num_requests": self.engine.num_requests, "config": asdict(self.config)}
-        checkpoint.save(Path(directory), self.model, self.learner.optimizer, state)
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must repeat, by name; all can be written as JSON."""
+        return {**resumption.settings_of(self.config), "ranks": parallel.size(), "ref_model": self._reference}
+
+    def save_checkpoint(self, directory: str | Path, write_more: Callable[[Path], None] | None = None) -> None:
+        """Writes model, optimiser, step, settings and the generators of every rank; complete or not at all.
+
+        Every rank calls it, rank 0 writes. write_more: see `checkpoint.save`.
+        """
+        state = {
+            "step": self.step,
+            "num_requests": parallel.gather([self.engine.num_requests]).items,
+            "settings": self.settings,
+            "prompts": self._prompts(),
+        }
+        checkpoint.save(Path(directory), self.model, self.learner.optimizer, state, write_more)
 
     def load_checkpoint(self, directory: str | Path) -> None:
-        """Continues where `save_checkpoint` stopped: the next step is that of the uninterrupted run."""
-        state = checkpoint.load(Path(directory), self.model, self.learner.optimizer)
-        self.step, self.engine.num_requests = state["step"], state["num_requests"]
+        """Continues where `save_checkpoint` stopped: the next step is that of the uninterrupted run.
+
+        Every rank calls it. Raises ValueError, before anything has changed, naming the setting that is not the run's.
+        """
+        state = checkpoint.read_state(Path(directory))
+        resumption.check_settings(state["settings"], self.settings)
+        checkpoint.load(Path(directory), self.model, self.learner.optimizer)
+        self.step, self.engine.num_requests = state["step"], state["num_requests"][parallel.rank()]
+        self._begun_with = state["prompts"]
+        self._prompts = lambda: state["prompts"]
         self.engine.update_weights()
+
+    def identify(self, prompts: Sequence[Request] | Iterable[Request]) -> None:
+        """Refuses another sequence than that of the run that is resumed, and remembers this one."""
+        self._prompts = lambda: None
+        if isinstance(prompts, Sequence):
+            self._prompts = cache(lambda: resumption.prompt_fingerprint(prompts))
+            if self._begun_with is not None:
+                same = self._prompts() == self._begun_with
+                require(same, "the prompts with which the run was begun", "others", "prompts")
+        self._begun_with = None  # it was for the first call
+
+    @cached_property
+    def _reference(self) -> str | None:
+        """Of its weights, which do not change."""
+        return None if self.ref_model is None else resumption.checksum(dict(self.ref_model.named_parameters()))
 
     def _rollout(
         self, requests: Sequence[Request], clock: metrics.Clock
@@ -151,6 +197,8 @@ class Trainer:
         table = self.reward(group)
         name, count = f"reward of request {group.request_id!r}", len(group.rollouts)
         require(len(table.totals) == count, f"{count} totals", len(table.totals), name)
+        parts = {part: numbers(values, f"{name}, {part}") for part, values in table.parts.items()}
+        table = RewardTable(parts, numbers(table.totals, name))
         for part, values in {**table.parts, "total": table.totals}.items():
             finite = all(value is None or math.isfinite(value) for value in values)
             require(finite, f"finite values of {part!r} or None", values, name)

@@ -8,7 +8,7 @@ import re
 from foveate.rollout.config import require
 from foveate.rollout.rewards.math_process import MathProcess
 from foveate.rollout.rewards.text import answer_part
-from foveate.rollout.types import RolloutGroup
+from foveate.rollout.types import Request, RolloutGroup
 
 MAX_ANSWER_CHARS = 1_000
 CACHE_ENTRIES = 65_536
@@ -43,11 +43,17 @@ class Accuracy:
         self._known: dict[tuple[str, str], float | None] = {}
 
     def __call__(self, group: RolloutGroup) -> list[float | None]:
+        self.check(group.request)
         gold = group.request.metadata.get("answer")
         if gold is None:
             return [None] * len(group.rollouts)
-        require(isinstance(gold, str), "a string", gold, f"metadata['answer'] of request {group.request_id!r}")
         return [self.score(rollout.text, gold) for rollout in group.rollouts]
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError when the known answer is there and not a string."""
+        gold = request.metadata.get("answer")
+        where = f"metadata['answer'] of request {request.request_id!r}"
+        require(gold is None or isinstance(gold, str), "a string", gold, where)
 
     def score(self, text: str, gold: str) -> float | None:
         """The value of one reply against one known answer."""

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
 from typing import Any
 
 from foveate.rollout.config import require
@@ -49,7 +50,7 @@ class HTTPJudge(ModelJudge):
         super().__init__(part)
         missing = [name for name in ("httpx", "tenacity") if importlib.util.find_spec(name) is None]
         if missing:
-            raise ImportError(f"expected {' and '.join(missing)} to be installed: pip install 'foveate[train]'")
+            raise ImportError(f"expected {' and '.join(missing)} to be installed: pip install 'foveate[judge]'")
         require(base_url.startswith(("http://", "https://")), "an http or https URL", base_url, "base_url")
         require(concurrency >= 1, "an int >= 1", concurrency, "concurrency")
         require(max_attempts >= 1, "an int >= 1", max_attempts, "max_attempts")
@@ -61,25 +62,32 @@ class HTTPJudge(ModelJudge):
         self._limits = Limits(concurrency, attempt_seconds, total_seconds, max_attempts)
         self._model, self._options = model, dict(options or {})
         self._loop = BackgroundLoop()
-        self._client: tuple[int, ChatClient] | None = None  # with the generation of the loop it belongs to
+        self._clients: dict[asyncio.AbstractEventLoop, ChatClient] = {}  # connections belong to a loop
 
     def close(self) -> None:
-        """Closes the connections and ends the thread; the next judgement opens new ones."""
-        if self._client is not None and self._client[0] == self._loop.generation:
-            self._loop.run(self._client[1].close())
-        self._client = None
-        self._loop.close()
+        """Closes the connections and ends the thread; the next judgement opens new ones.
+
+        Judgements that other threads wait for are None.
+        """
+        self._loop.close(self._close_client)
 
     def _answers(self, questions: Sequence[Question]) -> Sequence[str | Exception]:
-        return self._loop.run(self._ask_all([self._payload(question) for question in questions]))
+        try:
+            return self._loop.run(self._ask_all([self._payload(question) for question in questions]))
+        except CancelledError:
+            return [ConnectionAbortedError("expected an answer, got close()")] * len(questions)
 
     async def _ask_all(self, payloads: Sequence[Mapping[str, Any]]) -> list[str | Exception]:
-        # Runs on the one thread of the loop: no lock is needed.
-        if self._client is None or self._client[0] != self._loop.generation:
-            client = ChatClient(self._url, self._headers, self._limits, self._proxy)
-            self._client = self._loop.generation, client
-        complete = self._client[1].complete
+        loop = asyncio.get_running_loop()
+        if loop not in self._clients:
+            self._clients[loop] = ChatClient(self._url, self._headers, self._limits, self._proxy)
+        complete = self._clients[loop].complete
         return list(await asyncio.gather(*(complete(payload) for payload in payloads)))
+
+    async def _close_client(self) -> None:
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.close()
 
     def _payload(self, question: Question) -> dict[str, Any]:
         fields = {

@@ -31,9 +31,7 @@ def judge_all(judge: Judge, responses: Sequence[str], facts: Sequence[Fact]) -> 
 
     Raises ValueError if `judge.check` refuses the facts, and for another number of scores or one outside [0, 1].
     """
-    check = getattr(judge, "check", None)
-    if check is not None:
-        check(facts)
+    check_facts(judge, facts, "judge_all")
     together = getattr(judge, "judge_all", None)
     if together is None:
         scores = [score for response in responses for score in _attempt(_one_by_one(judge), [response], facts)]
@@ -43,6 +41,16 @@ def judge_all(judge: Judge, responses: Sequence[str], facts: Sequence[Fact]) -> 
     for score in scores:
         require(score is None or 0 <= score <= 1, "a score in [0, 1] or None", score, "judge")
     return scores
+
+
+def check_facts(judge: Judge, facts: Sequence[Fact], where: str) -> None:
+    """Raises ValueError if `judge.check` refuses the facts, with `where` in the message."""
+    check = getattr(judge, "check", None)
+    if check is not None:
+        try:
+            check(facts)
+        except ValueError as error:
+            raise ValueError(f"{error}, {where}") from error
 
 
 def _one_by_one(judge: Judge) -> JudgeAll:

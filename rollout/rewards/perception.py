@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from foveate.rollout.config import require
 from foveate.rollout.rewards.base import UNSCORABLE_REASONS
 from foveate.rollout.rewards.grammar import Fact
-from foveate.rollout.rewards.judge import Judge, RuleJudge, judge_all
-from foveate.rollout.types import RolloutGroup
+from foveate.rollout.rewards.judge import Judge, RuleJudge, check_facts, judge_all
+from foveate.rollout.types import Request, RolloutGroup
 
 
-def annotated_facts(group: RolloutGroup) -> tuple[Fact, ...]:
+def annotated_facts(request: Request) -> tuple[Fact, ...]:
     """`request.metadata["facts"]` as facts: each entry a `Fact` or a (subject, value) pair of strings."""
-    entries: Sequence = group.request.metadata.get("facts") or ()
+    entries: Any = request.metadata.get("facts") or ()
+    where = f"metadata['facts'] of request {request.request_id!r}"
+    require(isinstance(entries, Sequence) and not isinstance(entries, str), "a list of facts", entries, where)
     for entry in entries:
         pair = isinstance(entry, Fact) or (
             isinstance(entry, (tuple, list)) and len(entry) == 2 and all(isinstance(part, str) for part in entry)
         )
-        require(
-            pair,
-            "facts or (subject, value) strings",
-            entry,
-            f"metadata['facts'] of request {group.request_id!r}",
-        )
+        require(pair, "facts or (subject, value) strings", entry, where)
     return tuple(entry if isinstance(entry, Fact) else Fact(*entry) for entry in entries)
 
 
@@ -45,8 +43,15 @@ class Perception:
         """Whether the request has annotated facts."""
         return bool(group.request.metadata.get("facts"))
 
+    def check(self, request: Request) -> None:
+        """Raises ValueError for annotations that are no facts, or that the judge does not understand."""
+        facts = annotated_facts(request)
+        if facts:
+            check_facts(self.judge, facts, f"request {request.request_id!r}")
+
     def __call__(self, group: RolloutGroup) -> list[float | None]:
-        facts = annotated_facts(group)
+        self.check(group.request)
+        facts = annotated_facts(group.request)
         texts = [r.text for r in group.rollouts if r.finish_reason not in UNSCORABLE_REASONS]
         scores = iter(judge_all(self.judge, texts, facts))
         return [None if r.finish_reason in UNSCORABLE_REASONS else next(scores) for r in group.rollouts]

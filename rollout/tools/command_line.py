@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -17,6 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from foveate.rollout.config import require
 
 T = TypeVar("T")
+AS_IT_IS = "\0"  # before a string of a file that would else read as an option or as None; no word of a shell holds it
 
 
 def parse(options: type[T], prog: str, arguments: Sequence[str]) -> T:
@@ -43,11 +44,11 @@ def parse(options: type[T], prog: str, arguments: Sequence[str]) -> T:
 def yaml_words(options: type, path: Path) -> list[str]:
     """The words of a command line that say what a YAML file says: its types are then read and checked in one place.
 
-    Nested mappings are nested dataclasses. Raises ValueError for a file that cannot be read and for an unknown key,
-    naming the nearest one.
+    Nested mappings are nested dataclasses. Raises ValueError for a file that cannot be read, for a key that stands
+    twice, and for an unknown key, naming the nearest one.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"expected a YAML file, got {path}: {error} (--config)") from error
     require(content is None or isinstance(content, dict), "a mapping", content, f"--config {path}")
@@ -62,8 +63,11 @@ def _words(options: type, content: dict, prefix: str, file: str) -> list[str]:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
             raise ValueError(f"expected an option such as {prefix}{near[0]}, got {prefix}{key} ({file})")
         kind, option = known[key], f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(kind, type) and is_dataclass(kind):
-            words += _words(kind, value, f"{option}.", file)
+        if is_dataclass(kind):
+            require(value is None or isinstance(value, dict), "a mapping", value, f"{option}, {file}")
+            words += _words(kind, value or {}, f"{option}.", file)  # type: ignore[arg-type]
+        elif any(is_dataclass(part) for part in get_args(kind)):
+            require(not value, "nothing: it is set from Python alone", value, f"{option}, {file}")
         else:
             words += _option_words(option, value, kind, file)
     return words
@@ -76,11 +80,47 @@ def _option_words(option: str, value: Any, kind: Any, file: str) -> list[str]:
         parent, _, name = flag.rpartition(".")
         return [f"--{flag}" if value else f"--{parent}.no-{name}" if parent else f"--no-{name}"]
     if isinstance(value, dict):
-        require(str(kind).startswith("dict["), "a value", value, f"{option}, {file}")
-        value = [part for pair in value.items() for part in pair]
+        mapping = any(get_origin(part) in (dict, Mapping) for part in (kind, *get_args(kind)))
+        require(mapping, "a value", value, f"{option}, {file}")
+        value = list(value.items())
+    as_it_is = _holds_strings(kind)
     if isinstance(value, list):
-        return [f"--{flag}", *map(str, value)]
-    return [f"--{flag}={value}"]
+        parts = [part for item in value for part in (item if isinstance(item, (list, tuple)) else [item])]
+        return [f"--{flag}", *(_word(part, as_it_is) for part in parts)]
+    return [f"--{flag}={_word(value, as_it_is)}"]
+
+
+def _holds_strings(kind: Any) -> bool:
+    return kind is str or any(_holds_strings(part) for part in get_args(kind))
+
+
+def _word(value: Any, as_it_is: bool) -> str:
+    """A value as tyro reads it back; a string that looks like a number is one where numbers are asked for."""
+    text = str(value)
+    taken_for_another = text == "None" or (text.startswith("-") and not _is_number(text))
+    return AS_IT_IS + text if as_it_is and isinstance(value, str) and taken_for_another else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without keys that stand twice, of which the last would win."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, str(key.value))
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+            seen.add(name)
+        return node
 
 
 def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
@@ -94,8 +134,20 @@ def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 
 def _registry() -> ConstructorRegistry:
-    """tyro with torch's dtypes and devices."""
+    """tyro with torch's dtypes and devices, and with strings as a file has them."""
     registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type is not str:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="STR",
+            instance_from_str=lambda words: words[0].removeprefix(AS_IT_IS),
+            is_instance=lambda value: isinstance(value, str),
+            str_from_instance=lambda value: [value],
+        )
 
     @registry.primitive_rule
     def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:

@@ -12,10 +12,12 @@ answer, facts, metadata   what rewards read: see `foveate.rollout.rewards`
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import hashlib
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,12 +50,25 @@ class BadLine:
     id: str | None = None
 
 
+@dataclass(frozen=True, repr=False)
+class ImageFile(os.PathLike):
+    """An image of a line. path: where it was found. written: how the line names it."""
+
+    path: Path
+    written: str
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return repr(str(self.path))
+
+
 def count_lines(path: Path) -> int:
     """How many lines (rows, in parquet) a file of prompts has; blank ones do not count."""
     if path.suffix == ".parquet":
         return _parquet(path).metadata.num_rows
-    with path.open("rb") as file:
-        return sum(not line.isspace() for line in file)
+    return sum(1 for _ in _lines(path))
 
 
 def read_requests(path: Path, defaults: Defaults) -> Iterator[tuple[int, Request] | BadLine]:
@@ -79,13 +94,18 @@ def read_requests(path: Path, defaults: Defaults) -> Iterator[tuple[int, Request
 
 
 def fingerprint(request: Request) -> str:
-    """16 hex digits of what a request asks, the paths of its images included: to see that a line has changed."""
+    """16 hex digits of what a request asks, to see that a line has changed.
+
+    Images that are files count as the line writes their names, whatever is in them and wherever they were found.
+    """
     content = json.dumps([request.prompt, request.images, request.n, request.sampling.seed], default=_as_text)
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def _as_text(image: Any) -> str:
-    return str(image) if isinstance(image, Path) else hashlib.blake2b(image.tobytes()).hexdigest()
+    if isinstance(image, ImageFile):
+        return image.written
+    return str(image) if isinstance(image, os.PathLike) else hashlib.blake2b(image.tobytes()).hexdigest()
 
 
 def _rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -97,10 +117,17 @@ def _rows(path: Path) -> Iterator[tuple[int, Any]]:
                 number += 1
                 yield number, lambda row=row: row
         return
+    for number, line in _lines(path):
+        yield number, lambda line=line: _object(line)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(its number, counted from 1, a line) for each line that is not blank; without a byte order mark."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.isspace():
-                yield number, lambda line=line: _object(line)
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line and not line.isspace():
+                yield number, line
 
 
 def _object(line: bytes) -> Any:
@@ -182,14 +209,22 @@ def _located(message: Any, root: Path) -> dict:
 
 
 def _image(image: Any, root: Path) -> Any:
-    """A path that exists, or the picture itself where parquet holds its bytes."""
+    """A file that exists, or the picture itself where parquet holds its bytes."""
     if isinstance(image, dict) and image.get("bytes") is not None:
         return _decoded(image["bytes"])
     image = image.get("path") if isinstance(image, dict) else image
     require(isinstance(image, str), "a path", _short(image), "images")
+    scheme = image.partition(":")[0].lower()
+    remote = (scheme == "data" and ":" in image) or image[len(scheme) :].startswith("://")
+    require(not remote, f"a path, not a {scheme} URL", _short(image), "images")
     path = root / image
-    require(path.is_file(), "an image file", str(path), "images")
-    return path
+    try:
+        found, reason = path.is_file(), ""
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        found, reason = False, f": {error.strerror}"
+    shown = str(path) if len(str(path)) <= 300 else f"{str(path)[:150]}...{str(path)[-147:]}"
+    require(found, f"an image file{reason}", shown, "images")
+    return ImageFile(path, image)
 
 
 def _decoded(content: Any) -> Any:

@@ -44,7 +44,7 @@ def weighted_reward(weights: Mapping[str, float]) -> WeightedReward:
 
 
 def load_reward(source: str) -> Reward:
-    """The reward of one name, see `weighted_reward`."""
+    """The reward of one name, see `weighted_reward`. RuntimeError, with its cause, where the user's own code fails."""
     if source in BUILT_IN:
         return BUILT_IN[source]()
     place, _, name = source.rpartition(":")
@@ -53,20 +53,30 @@ def load_reward(source: str) -> Reward:
     found: Any = getattr(_module(place, source), name, None)
     require(callable(found), f"a function or class {name!r} in {place}", found, f"rewards, {source}")
     if inspect.isclass(found):
-        found = found()
+        found = _run(found, source)
     return found if hasattr(found, "name") else FunctionReward(name, found)
 
 
 def _module(place: str, source: str) -> Any:
     try:
         if not place.endswith(".py"):
-            return importlib.import_module(place)
+            return _run(lambda: importlib.import_module(place), source)
         require(Path(place).is_file(), "a file", place, f"rewards, {source}")
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
         assert spec is not None, place
         assert spec.loader is not None, place
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        _run(lambda: spec.loader.exec_module(module), source)
     except ImportError as error:
         raise ValueError(f"expected a module that can be imported, got {place}: {error} (rewards, {source})") from error
     return module
+
+
+def _run(code: Callable[[], Any], source: str) -> Any:
+    """Calls what the user wrote: its mistakes are no wrong options, and their traceback must be seen."""
+    try:
+        return code()
+    except ImportError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"reward {source} could not be made: {error!r}") from error

@@ -56,6 +56,9 @@ class RolloutOptions:
         require(self.sampling.seed is None, "the seed in --seed", self.sampling.seed, "--sampling.seed")
         require(self.output.suffix == ".jsonl", "a file name that ends with .jsonl", str(self.output), "--output")
         require(self.data.is_file(), "a file", str(self.data), "--data")
+        for path in RolloutFile(self.output).paths:
+            same = path.exists() and path.samefile(self.data)
+            require(not same, f"another file than {path}, which is written to", str(self.data), "--data")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -80,11 +83,14 @@ def main(arguments: Sequence[str]) -> int:
 def run(options: RolloutOptions, engine: Engine | None = None) -> int:
     """Writes the rollouts of all prompts that are not in the output yet. engine: None loads the options' model."""
     file = RolloutFile(options.output)
-    file.open(options.settings, options.overwrite)
+    anew = file.check(options.settings, options.overwrite)
     total = count_lines(options.data)
+    if anew and file.path.exists() and file.path.stat().st_size > 0:
+        _require_prompts(options)
     if file.finished:
         print(f"{options.output}: {len(file.finished)} prompts are there already", file=sys.stderr)
     engine = engine or load_engine(options.model, options.dtype, options.engine)
+    file.open(options.settings, options.overwrite)  # only now: nothing is lost to a model or data that are not there
     with Reporter(max(total - len(file.finished), 0)) as report:
         for done in _complete(engine, options, file):
             if isinstance(done, RolloutGroup):
@@ -131,10 +137,25 @@ def _complete(engine: Engine, options: RolloutOptions, file: RolloutFile) -> Ite
             yield group if group.error is None else BadLine(number, str(group.error), group.request_id)
 
 
+def _read(options: RolloutOptions) -> Iterator[tuple[int, Request] | BadLine]:
+    defaults = Defaults(options.n, options.seed, options.sampling, options.system, options.image_root)
+    return read_requests(options.data, defaults)
+
+
+def _require_prompts(options: RolloutOptions) -> None:
+    """Raises ValueError unless a line of the data makes a request: a wrong file must not replace an output."""
+    first: BadLine | None = None
+    for item in _read(options):
+        if not isinstance(item, BadLine):
+            return
+        first = first or item
+    got = "an empty file" if first is None else f"line {first.line}: {first.reason}"
+    raise ValueError(f"expected a prompt before {options.output} is overwritten, got {got} ({options.data})")
+
+
 def _unfinished(options: RolloutOptions, file: RolloutFile) -> Iterator[tuple[int, Request] | BadLine]:
     """What is left to do of the data."""
-    defaults = Defaults(options.n, options.seed, options.sampling, options.system, options.image_root)
-    for item in read_requests(options.data, defaults):
+    for item in _read(options):
         if isinstance(item, BadLine) or (name := str(item[1].request_id)) not in file.finished:
             yield item
         elif file.finished[name] != fingerprint(item[1]):

@@ -48,6 +48,7 @@ class RolloutFile:
 
     path: Path
     finished: dict[str, str] = field(default_factory=dict)
+    _end: int = 0  # bytes up to the end of the last complete prompt
 
     @property
     def settings_path(self) -> Path:
@@ -57,21 +58,41 @@ class RolloutFile:
     def errors_path(self) -> Path:
         return self.path.with_suffix(".errors.jsonl")
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All that is written to."""
+        return self.path, self.settings_path, self.errors_path
+
+    def check(self, settings: dict[str, Any], overwrite: bool) -> bool:
+        """Reads what is there, changing nothing; returns whether `open` begins anew.
+
+        So it does with `overwrite` and where there are no rows: no file, or an empty one. Else `finished` holds the
+        complete prompts. Raises ValueError if the file was made with other settings, naming the first, or holds
+        something else.
+        """
+        require(self.path.suffix == ".jsonl", "a file name that ends with .jsonl", str(self.path), "output")
+        if overwrite or not self.path.exists() or self.path.stat().st_size == 0:
+            return True
+        self._compare(settings)
+        self._read()
+        return False
+
     def open(self, settings: dict[str, Any], overwrite: bool) -> None:
         """Begins the file, or goes on with it: complete prompts are kept, what a killed run left half is cut off.
 
-        Raises ValueError if the file was made with other settings, naming the first, or holds something else.
+        Raises what `check` raises, before anything is changed.
         """
-        require(self.path.suffix == ".jsonl", "a file name that ends with .jsonl", str(self.path), "output")
+        anew = self.check(settings, overwrite)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.errors_path.unlink(missing_ok=True)
-        if self.path.exists() and not overwrite:
-            self._compare(settings)
-            end = self._read()
-            os.truncate(self.path, end)
-        else:
-            self.path.write_bytes(b"")
-            self.settings_path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        if not anew:
+            os.truncate(self.path, self._end)
+            return
+        # Wherever it is killed, no rows stand beside settings that are not theirs.
+        self.path.write_bytes(b"")
+        fresh = self.settings_path.with_suffix(".json.tmp")
+        fresh.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        fresh.replace(self.settings_path)
 
     def write(self, group: RolloutGroup) -> None:
         """Appends the rows of one prompt; they are with the operating system when this returns."""
@@ -88,15 +109,19 @@ class RolloutFile:
     def _compare(self, settings: dict[str, Any]) -> None:
         way_out = "another --output, or --overwrite"
         require(self.settings_path.is_file(), f"{self.settings_path} beside it, {way_out}", str(self.path), "output")
-        old = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        try:
+            old = dict(json.loads(self.settings_path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"expected settings in {self.settings_path}, {way_out}, got {error} (output)") from error
         for name in dict.fromkeys([*settings, *old]):
             same = old.get(name) == settings.get(name)
             expected = f"{old.get(name)!r}, with which {self.path} was begun, {way_out}"
             require(same, expected, settings.get(name), name)
 
-    def _read(self) -> int:
-        """Fills `finished` and returns where the last complete prompt ends, in bytes."""
-        end = place = 0
+    def _read(self) -> None:
+        """Fills `finished` and finds where the last complete prompt ends."""
+        self._end = place = 0
+        self.finished.clear()
         expected = ("", 0)  # id and sample of the next row, any id at sample 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -109,8 +134,7 @@ class RolloutFile:
                 place += len(line)
                 expected = (name, sample + 1)
                 if sample + 1 == row["n"]:
-                    self.finished[name], end, expected = prompt, place, ("", 0)
-        return end
+                    self.finished[name], self._end, expected = prompt, place, ("", 0)
 
     def _row(self, line: bytes, number: int) -> dict[str, Any]:
         try:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +16,11 @@ import torch
 import yaml
 
 from foveate.rollout import checkpoint, metrics, parallel
+from foveate.rollout.atomic import fresh_folder
 from foveate.rollout.config import EngineConfig, SamplingParams, require
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.policy import check_trainable
 from foveate.rollout.processor import load_processor
 from foveate.rollout.progress import without_transformers_bars
 from foveate.rollout.rewards import PERCEPTION_R1_WEIGHTS, WeightedReward
@@ -25,6 +30,8 @@ from foveate.rollout.tools.reward_sources import weighted_reward
 from foveate.rollout.tools.rollout import load_engine
 from foveate.rollout.trainer import Trainer
 from foveate.rollout.types import Request
+
+SAVE_EVERY = 50  # steps
 
 
 @dataclass(frozen=True)
@@ -57,14 +64,14 @@ class TrainOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; auto is that of the checkpoint."""
     resume: bool = False
-    """Go on from the last checkpoint in the output folder; with none there, begin."""
+    """Go on from the last checkpoint in the output folder; with no run there, begin."""
     keep_checkpoints: int | None = None
     """How many of the newest checkpoints stay; left out, all."""
     allow_errors: bool = False
     """Train although lines of the data make no request."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    grpo: GRPOConfig = field(default_factory=GRPOConfig)
+    grpo: GRPOConfig = field(default_factory=partial(GRPOConfig, save_every=SAVE_EVERY))
 
     def __post_init__(self) -> None:
         require(self.n >= 1, "an int >= 1", self.n, "--n")
@@ -75,33 +82,64 @@ class TrainOptions:
         require(not missing, "a file for --grpo.eval-every > 0", None, "--eval-data")
         keep = self.keep_checkpoints
         require(keep is None or keep >= 1, "an int >= 1 or None", keep, "--keep-checkpoints")
+        for flag, model in (("--model", self.model), ("--ref-model", self.ref_model)):
+            require(not self._writes(model), f"another folder than this run writes, {self.output}", model, flag)
+
+    def _writes(self, model: str | None) -> bool:
+        """Whether the run would write, or with --keep-checkpoints remove, a folder it reads from."""
+        if model is None:
+            return False
+        path, output = Path(model).resolve(), self.output.resolve()
+        own = path.parent == output and re.fullmatch(r"model|step-\d+", path.name) is not None
+        return own or path == (self.output / "model").resolve()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the numbers of a run depend on, beside the data and `grpo`: it is only resumed with the same."""
+        sampling = {f"sampling.{name}": value for name, value in _plain_all(asdict(self.sampling)).items()}
+        names = ("dtype", "max_context", "ban_vision_tokens", "deterministic")
+        engine = {f"engine.{name}": getattr(self.engine, name) for name in names}
+        own = {"n": self.n, "rewards": self.rewards, "system": self.system, "dtype": self.dtype}
+        return {**own, **sampling, **_plain_all(engine)}
 
 
 class CheckpointTrainer(Trainer):
-    """A `Trainer` whose checkpoints also hold the processor, so that every tool can load them."""
+    """A `Trainer` whose checkpoints also hold the processor, so that every tool can load them.
 
-    def __init__(self, *args: Any, processor: Any, keep: int | None, **kwargs: Any):
+    more_settings: of the command, which a resumed run must repeat too.
+    """
+
+    def __init__(self, *args: Any, processor: Any, keep: int | None, more_settings: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.processor, self.keep = processor, keep
+        self.processor, self.keep, self.more_settings = processor, keep, more_settings
 
-    def save_checkpoint(self, directory: str | Path) -> None:
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings, **self.more_settings}
+
+    def save_checkpoint(self, directory: str | Path, write_more: Callable[[Path], None] | None = None) -> None:
         directory = Path(directory)
         with without_transformers_bars():
-            super().save_checkpoint(directory)
-            save_processor(self.processor, directory)
-        for old in checkpoint.saved(directory.parent)[: -self.keep if self.keep else 0]:
-            shutil.rmtree(old, ignore_errors=True)
+            super().save_checkpoint(directory, write_more or partial(save_processor, self.processor))
+        if parallel.rank() == 0:
+            for old in checkpoint.saved(directory.parent)[: -self.keep if self.keep else 0]:
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0, or 1 after an error of the user's, which is printed."""
+    """Returns 0, or 1 after an error of the user's in options, data or model, which is printed.
+
+    What fails later, as in a reward of the user's own, is raised with its traceback.
+    """
     options = parse(TrainOptions, "foveate train", arguments)
-    try:
-        with parallel.torchrun_group():
-            run(options)
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
-        print(f"foveate train: {error}", file=sys.stderr)
-        return 1
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(parallel.torchrun_group())
+            trainer, prompts = prepare(options)
+        except (ValueError, OSError, ImportError, NotImplementedError) as error:
+            print(f"foveate train: {error}", file=sys.stderr)
+            return 1
+        train(options, trainer, prompts)
     return 0
 
 
@@ -110,11 +148,17 @@ def run(options: TrainOptions) -> Trainer:
 
     In a process group every rank calls it; rank 0 alone writes and prints.
     """
-    prompts = load_prompts(options, options.data)
+    trainer, prompts = prepare(options)
+    train(options, trainer, prompts)
+    return trainer
+
+
+def prepare(options: TrainOptions) -> tuple[CheckpointTrainer, list[Request]]:
+    """The trainer at the step where it begins or goes on, and its prompts; whatever the user gave is read here."""
+    found = _found(options)
     reward = weighted_reward(options.rewards or PERCEPTION_R1_WEIGHTS)
-    found = checkpoint.saved(options.output)
-    used = bool(found) or (options.output / "metrics.jsonl").exists()
-    require(options.resume or not used, "a folder without a run, or --resume", str(options.output), "--output")
+    prompts = load_prompts(options, options.data, reward)
+    asked = load_prompts(options, options.eval_data, reward) if options.eval_data else None
     engine = load_engine(options.model, options.dtype, options.engine)
     ref_model: Any = None
     if options.grpo.kl_coef > 0:
@@ -125,35 +169,51 @@ def run(options: TrainOptions) -> Trainer:
         reward,
         options.grpo,
         ref_model=ref_model,
-        evaluate=Evaluation(options, engine, reward) if options.eval_data else None,
+        evaluate=Evaluation(asked, engine, reward) if asked else None,
         output_dir=options.output,
         processor=load_processor(options.model, engine.spec.vision is not None),
         keep=options.keep_checkpoints,
+        more_settings=options.settings,
     )
-    if found and options.resume:
-        with without_transformers_bars():
-            trainer.load_checkpoint(found[-1])
-        say(f"going on from {found[-1]}")
-    say(f"metrics: {options.output / 'metrics.jsonl'}")
+    if found is not None:
+        trainer.load_checkpoint(found)
+        trainer.identify(prompts)
+        say(f"going on from {found}")
     if parallel.rank() == 0:
         write_options(options)
+    return trainer, prompts
+
+
+def train(options: TrainOptions, trainer: CheckpointTrainer, prompts: list[Request]) -> None:
+    """Trains to the end and writes the last checkpoint and the model."""
+    say(f"metrics: {options.output / 'metrics.jsonl'}")
     trainer.train(prompts)
+    every = options.grpo.save_every
+    if every and trainer.step % every:
+        trainer.save_checkpoint(options.output / f"step-{trainer.step}")
     if parallel.rank() == 0:
-        model: Any = engine.model
-        with without_transformers_bars():
-            model.save_pretrained(options.output / "model")
-        save_processor(trainer.processor, options.output / "model")
+        model: Any = trainer.model
+        with without_transformers_bars(), fresh_folder(options.output / "model") as folder:
+            model.save_pretrained(folder)
+            save_processor(trainer.processor, folder)
     say(f"model after {trainer.step} steps: {options.output / 'model'}")
-    return trainer
+
+
+def _found(options: TrainOptions) -> Path | None:
+    """The checkpoint to go on from. Raises ValueError where a run is there that is not, or cannot be, resumed."""
+    found, lines = checkpoint.saved(options.output), options.output / "metrics.jsonl"
+    used = bool(found) or lines.exists()
+    require(options.resume or not used, "a folder without a run, or --resume", str(options.output), "--output")
+    lost = not found and lines.exists() and lines.stat().st_size > 0
+    require(not lost, "a checkpoint to go on from, or another folder", f"{lines} alone", "--resume")
+    return found[-1] if found else None
 
 
 class Evaluation:
     """Mean rewards of greedy answers to the prompts of a file; called with a step, returns name -> mean."""
 
-    def __init__(self, options: TrainOptions, engine: Engine, reward: WeightedReward):
-        assert options.eval_data is not None
-        greedy = replace(options, n=1, sampling=replace(options.sampling, temperature=0.0))
-        self.prompts = [replace(prompt, n=1) for prompt in load_prompts(greedy, options.eval_data)]
+    def __init__(self, prompts: list[Request], engine: Engine, reward: WeightedReward):
+        self.prompts = [replace(prompt, n=1, sampling=replace(prompt.sampling, temperature=0.0)) for prompt in prompts]
         self.engine, self.reward = engine, reward
 
     def __call__(self, step: int) -> dict[str, float]:
@@ -163,20 +223,30 @@ class Evaluation:
         return {name.partition("/")[2]: mean for name, mean in means.items() if name.startswith("reward/")}
 
 
-def load_prompts(options: TrainOptions, path: Path) -> list[Request]:
+def load_prompts(options: TrainOptions, path: Path, reward: WeightedReward) -> list[Request]:
     """The requests of a file, without seeds: those belong to the steps.
 
-    Raises ValueError naming the first lines that make no request, unless the options allow them.
+    Raises ValueError naming the first lines that make no request, or one the rewards cannot score, unless the options
+    allow them.
     """
     defaults = Defaults(options.n, options.grpo.seed, options.sampling, options.system, options.image_root)
-    read = list(read_requests(path, defaults))
-    bad = [f"line {item.line}: {item.reason}" for item in read if isinstance(item, BadLine)]
-    for line in bad[:10] if parallel.rank() == 0 else []:
-        print(f"{path}, {line}", file=sys.stderr)
+    requests, bad = [], []
+    for item in read_requests(path, defaults):
+        try:
+            if isinstance(item, BadLine):
+                raise ValueError(item.reason)
+            check_trainable(item[1], str(item[1].request_id))
+            reward.check(item[1])
+        except ValueError as error:
+            line = item.line if isinstance(item, BadLine) else item[0]
+            bad.append(f"line {line}: {error}")
+        else:
+            requests.append(replace(item[1], sampling=replace(item[1].sampling, seed=None)))
+    for text in bad[:10] if parallel.rank() == 0 else []:
+        print(f"{path}, {text}", file=sys.stderr)
     require(not bad or options.allow_errors, "prompts, or --allow-errors", f"{len(bad)} bad lines", str(path))
-    requests = [item[1] for item in read if not isinstance(item, BadLine)]
     require(len(requests) > 0, "at least one prompt", 0, str(path))
-    return [replace(request, sampling=replace(request.sampling, seed=None)) for request in requests]
+    return requests
 
 
 def say(line: str) -> None:
@@ -204,8 +274,12 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value):
         named = {part.name: (part.default, getattr(value, part.name)) for part in fields(value)}
         return {name: _plain(held) for name, (default, held) in named.items() if (default, held) != (None, None)}
-    if isinstance(value, tuple):
+    if isinstance(value, (tuple, list)):
         return [_plain(part) for part in value]
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     return value if isinstance(value, (str, int, float, bool, dict, type(None))) else str(value)
+
+
+def _plain_all(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _plain(value) for name, value in values.items()}

@@ -18,6 +18,7 @@ from foveate.rollout.grpo import GRPOConfig
 
 pytest.importorskip("tyro")
 from foveate.rollout.tools.command_line import parse
+from foveate.rollout.tools.train import TrainOptions, write_options
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,44 @@ def test_an_empty_file_is_no_options(config):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "sampling: {stop: ['--', '-x', '-->', '-', '-5', '--model', None]}",
+            {"stop": ("--", "-x", "-->", "-", "-5", "--model", "None")},
+        ),
+        ("sampling: {stop: '--'}", {"stop": ("--",)}),
+        ("sampling: {stop: 'None'}", {"stop": ("None",)}),
+        ("sampling: {stop: [' a=b ', '\u00e9 ']}", {"stop": (" a=b ", "\u00e9 ")}),
+        ("sampling: {logit_bias: {5: -1.0, 7: 1e-5}}", {"logit_bias": ((5, -1.0), (7, 1e-5))}),
+        ("sampling: {logit_bias: [[5, -1.0], [7, 2]]}", {"logit_bias": ((5, -1.0), (7, 2.0))}),
+        ("sampling: {logit_bias: null, tagged: []}", {}),
+        ("sampling:\nengine: {prune: null}\n", {}),
+    ],
+)
+def test_values_that_look_like_something_else(config, text, expected):
+    assert parse(Options, "t", ["--model", "m", "--config", config(text)]).sampling == SamplingParams(**expected)
+
+
+def test_strings_that_look_like_something_else(config):
+    text = "model: 'None'\nrewards: {'-x:f': -1.0e-5, '--': 2}\ndata: --d\n"
+    options = parse(Options, "t", ["--config", config(text)])
+    assert options == Options("None", rewards={"-x:f": -1e-5, "--": 2.0}, data=Path("--d"))
+
+
+def test_what_a_run_writes_is_read_back(tmp_path):
+    """run.yaml, for every option that words can say."""
+    (tmp_path / "data.jsonl").touch()
+    sampling = SamplingParams(stop=("--", "-x", "None"), logit_bias={5: -1.0, 3: 1e-7}, banned_token_ids=(4,))
+    for sampled in (SamplingParams(), sampling):
+        options = TrainOptions(
+            "m", tmp_path / "data.jsonl", tmp_path, rewards={"a.py:f": -1e-5}, system="-- be good", sampling=sampled
+        )
+        write_options(options)
+        assert parse(TrainOptions, "t", ["--config", str(tmp_path / "run.yaml")]) == options
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("modle: x", "expected an option such as model, got modle"),
@@ -99,6 +138,11 @@ def test_an_empty_file_is_no_options(config):
         ("model: m\nsampling: {max_tokens: many}", "max-tokens"),
         ("model: m\nengine: {dtype: float33}", "dtype"),
         ("resume: true", "model"),
+        ("model: m\nmodel: n", "the key 'model' twice"),
+        ("model: m\nsampling: {top_k: 3, top_k: 4}", "the key 'top_k' twice"),
+        ("model: m\nsampling: [1]", "expected a mapping, got [1] (sampling"),
+        ("model: m\nsampling: {logit_bias: [[5]]}", "logit"),
+        ("model: m\nsampling: {tagged: [1]}", "set from Python alone, got [1] (sampling.tagged"),
     ],
 )
 def test_a_wrong_file_ends_with_2_and_a_reason(config, capsys, text, message):

@@ -4,7 +4,9 @@ import asyncio
 import json
 import threading
 import time
+import tomllib
 from email.utils import formatdate
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -262,10 +264,30 @@ def test_close_ends_the_thread_and_the_next_call_starts_one(chat_server, honest,
         thread.join(10)
     assert judge(REPLY, FACTS) == 0.5
     (thread,) = alive()
-    judge._loop = judge._client = None  # as the collector leaves it
+    judge._loop = None  # as the collector leaves it
     thread.join(10)
     assert not alive()
-    judge._loop = SimpleNamespace(close=lambda: None)
+    judge._loop = SimpleNamespace(close=lambda ending: None)
+
+
+def test_nobody_waits_for_a_judge_that_another_thread_closed(chat_server, make_judge, caplog):
+    server = chat_server(lambda payload, number: SimpleNamespace(hang=True))
+    judge, found = make_judge(server, attempt_seconds=60.0, total_seconds=60.0), []
+
+    def ask(number):
+        found.append(judge.judge_all([think(f"top {number}"), think(f"left {number}")], FACTS))
+
+    threads = [threading.Thread(target=ask, args=(number,), daemon=True) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    while len(server.requests) < 6:
+        time.sleep(0.01)
+    judge.close()
+    for thread in threads:
+        thread.join(10)
+    assert found == [[None, None]] * 3
+    assert "got close()" in caplog.text
+    assert not judge._clients
 
 
 def test_it_works_inside_a_running_loop(chat_server, honest, make_judge):
@@ -299,16 +321,21 @@ def test_arguments_and_the_key_from_the_environment(monkeypatch):
 def test_missing_packages_are_named(monkeypatch):
     from foveate.rollout.rewards import http_judge
 
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].items()
+    (extra,) = [name for name, packages in extras if {"httpx", "tenacity"} <= set(packages)]
     monkeypatch.setattr(http_judge.importlib.util, "find_spec", lambda name: None if name == "tenacity" else name)
-    with pytest.raises(ImportError, match=r"expected tenacity to be installed: pip install 'foveate\[train\]'"):
+    with pytest.raises(ImportError) as error:
         HTTPJudge("http://h", "m")
+    assert str(error.value) == f"expected tenacity to be installed: pip install 'foveate[{extra}]'"
 
 
 def test_a_judge_that_raises_is_unscorable_but_its_contract_holds(caplog):
     def group(*texts, reasons=None, facts=FACTS):
         reasons = reasons or ["stop"] * len(texts)
         rollouts = [SimpleNamespace(text=t, finish_reason=r) for t, r in zip(texts, reasons, strict=True)]
-        return SimpleNamespace(request=SimpleNamespace(metadata={"facts": facts}), request_id="r", rollouts=rollouts)
+        request = SimpleNamespace(metadata={"facts": facts}, request_id="r")
+        return SimpleNamespace(request=request, request_id="r", rollouts=rollouts)
 
     asked = []
 

@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 
-from foveate.rollout.metrics import Clock, MetricsLog, completion_metrics, reward_metrics, token_means, token_sums
+from foveate.rollout.metrics import (
+    Clock,
+    MetricsLog,
+    check_extras,
+    completion_metrics,
+    reward_metrics,
+    token_means,
+    token_sums,
+)
 from foveate.rollout.rewards import RewardTable
 
 
@@ -117,6 +125,9 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, missing, progress, tens
     monkeypatch.setattr("importlib.import_module", blocked)
     with pytest.raises(ImportError, match=rf"needs the package {missing}: pip install 'foveate\[train\]'"):
         MetricsLog(tmp_path, 1, 0, progress, 1, tensorboard)
+    with pytest.raises(ImportError, match=rf"needs the package {missing}"):
+        check_extras(progress, tensorboard)
+    check_extras("plain", False)
 
 
 def test_tensorboard_needs_a_directory():

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from foveate.rollout import parallel
+from foveate.rollout import checkpoint, parallel
 from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
@@ -169,23 +171,90 @@ def test_two_ranks_give_what_one_gives(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_ranks_that_differ_are_refused(tmp_path):
-    for code, _, error in launch(2, [sys.executable, __file__, str(tmp_path), "differ"]):
+@pytest.mark.parametrize(("case", "name"), [("config", "config"), ("prompts", "prompts"), ("stream", "requests")])
+def test_ranks_that_differ_are_refused(tmp_path, case, name):
+    for code, _, error in launch(2, [sys.executable, __file__, str(tmp_path), f"differ {case}"]):
         assert code == 0, error
     for rank in range(2):
         assert "expected the same on every rank" in (tmp_path / f"{rank}.txt").read_text()
-        assert "(config)" in (tmp_path / f"{rank}.txt").read_text()
+        assert f"({name})" in (tmp_path / f"{rank}.txt").read_text()
+
+
+def noisy(group):
+    """Depends on all global generators of its rank."""
+    drawn = (torch.rand(()).item() + random.random() + np.random.normal() for _ in group.rollouts)
+    totals = [float((r.token_ids < 100).float().mean()) + x for r, x in zip(group.rollouts, drawn, strict=True)]
+    return RewardTable({}, totals)
+
+
+def train_with_noise(output, steps, resumed_from=None):
+    """A run whose ranks draw different numbers; sampling goes by the engine's count of requests in `evaluate`."""
+    torch.set_num_threads(1)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(parallel.rank() + 10 * (resumed_from is not None))
+    model = tiny_model("qwen3")
+    engine = Engine(model, config=EngineConfig(page_size=16, kv_memory=4 << 20))
+    config = GRPOConfig(
+        prompts_per_step=3, max_steps=steps, learning_rate=LEARNING_RATE, progress="none", save_every=1, eval_every=1
+    )
+
+    def evaluate(step):
+        request = Request([65, 66], sampling=SamplingParams(max_tokens=4))
+        groups = engine.generate([request] * (1 + parallel.rank()), progress=False)  # not as many on each
+        found = parallel.gather([group.rollouts[0].token_ids.tolist() for group in groups]).items
+        return {f"{place}-{index}": token for place, ids in enumerate(found) for index, token in enumerate(ids)}
+
+    trainer = Trainer(model, engine, noisy, config, output_dir=output, evaluate=evaluate)
+    if resumed_from is not None:
+        trainer.load_checkpoint(resumed_from)
+    trainer.train([Request(ids, n=2, sampling=SamplingParams(max_tokens=4)) for ids in PROMPTS])
+
+
+@pytest.mark.slow
+def test_resumed_ranks_go_on_as_if_never_stopped(tmp_path):
+    for name in ("whole", "resumed"):
+        for code, _, error in launch(2, [sys.executable, __file__, str(tmp_path), name]):
+            assert code == 0, error
+    whole, resumed = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "resumed")
+    )
+    untimed = [{k: v for k, v in line.items() if not k.startswith(("time/", "throughput/"))} for line in whole]
+    assert [line["step"] for line in resumed] == [2.0, 3.0]
+    for one, two in zip(untimed[1:], resumed, strict=True):
+        assert one == {key: two[key] for key in one}
+    ends = [checkpoint.load_file(tmp_path / name / "step-3" / "trainer.safetensors") for name in ("whole", "resumed")]
+    assert {key for key in ends[0] if key.startswith("rng/1/")} == {"rng/1/cpu", "rng/1/numpy", "rng/1/python"}
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    with pytest.raises(ValueError, match="ranks = 2, with which the run was begun, got 1"):
+        train_with_noise(tmp_path / "alone", 3, tmp_path / "whole" / "step-1")
+
+
+def differ(output, case, rank):
+    """A run that has on each rank another configuration, other prompts, or others in an iterator."""
+    if case == "config":
+        train(output, {"config": {"learning_rate": 0.1 + rank}, "failing": []})
+    model = tiny_model("qwen3")
+    engine = Engine(model, config=EngineConfig(page_size=16, kv_memory=4 << 20))
+    prompts = [Request([65, 66 + rank * (place == 4)], sampling=SamplingParams(max_tokens=2)) for place in range(5)]
+    trainer = Trainer(model, engine, noisy, GRPOConfig(prompts_per_step=5, progress="none"))
+    trainer.train(prompts if case == "prompts" else iter(prompts))
 
 
 def main(folder, name):
     """What a rank of the tests above does."""
     with parallel.torchrun_group():
         rank = parallel.rank()
-        if name == "differ":
-            try:
-                train(folder / str(rank), {"config": {"learning_rate": 0.1 + rank}, "failing": []})
-            except ValueError as error:
-                (folder / f"{rank}.txt").write_text(str(error))
+        if name == "whole":
+            train_with_noise(folder / name, 3)
+            return
+        if name == "resumed":
+            train_with_noise(folder / name, 3, folder / "whole" / "step-1")
+            return
+        if name.startswith("differ"):
+            with pytest.raises(ValueError, match="the same") as error:
+                differ(folder / str(rank), name.split()[1], rank)
+            (folder / f"{rank}.txt").write_text(str(error.value))
             return
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps(train(folder / str(rank), CASES[name])))
 

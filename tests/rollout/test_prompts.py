@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,12 +47,13 @@ def test_what_lines_become(write, tmp_path):
     system = {"role": "system", "content": "Look."}
     images = [{"type": "image"}, {"type": "image"}]
     assert one.prompt == [system, {"role": "user", "content": [*images, {"type": "text", "text": "what?"}]}]
-    assert one.images == [tmp_path / "a.png", tmp_path / "folder" / "b.png"]
+    assert [Path(image) for image in one.images] == [tmp_path / "a.png", tmp_path / "folder" / "b.png"]
     assert one.metadata == {"answer": "5", "facts": [["AB", "1"]]}
     assert (one.n, one.sampling.max_tokens) == (3, 5)
     assert (two.prompt, two.n, two.sampling.seed, two.metadata) == ([1, 2, 3], 2, 11, {"source": "x"})
     assert three.prompt == "raw"
-    assert four.prompt[1]["content"][0] == {"type": "image", "image": tmp_path / "a.png"}
+    item = four.prompt[1]["content"][0]
+    assert (item["type"], Path(item["image"])) == ("image", tmp_path / "a.png")
     assert count_lines(path) == 4
 
 
@@ -59,7 +61,7 @@ def test_an_image_root(write, tmp_path):
     path = write({"prompt": "?", "images": ["b.png"]})
     assert isinstance(read(path)[0], BadLine)
     (_, request) = read(path, image_root=tmp_path / "folder")[0]
-    assert request.images == [tmp_path / "folder" / "b.png"]
+    assert [Path(image) for image in request.images] == [tmp_path / "folder" / "b.png"]
 
 
 def test_seeds_follow_from_seed_and_id_alone(write):
@@ -95,6 +97,9 @@ def test_seeds_follow_from_seed_and_id_alone(write):
         ({"prompt": "x", "images": ["none.png"]}, "none.png"),
         ({"prompt": "x", "images": [5]}, "expected a path, got 5"),
         ({"prompt": "x", "images": ["folder"]}, "expected an image file"),
+        ({"prompt": "x", "images": ["a" * 300]}, "File name too long, got"),
+        ({"prompt": "x", "images": ["data:image/png;base64," + "iVBO" * 9999]}, "expected a path, not a data URL, got"),
+        ({"prompt": [{"role": "user", "content": [{"image": "HTTPS://h/a.png"}]}]}, "expected a path, not a https URL"),
         ({"prompt": "x", "n": 0}, "(n)"),
         ({"prompt": "x", "n": "3"}, "(n)"),
         ({"prompt": "x", "seed": 0.5}, "(seed)"),
@@ -111,6 +116,29 @@ def test_a_bad_line_says_why_and_the_rest_goes_on(write, line, reason):
     assert isinstance(bad, BadLine)
     assert bad.line == 2
     assert reason in bad.reason
+    assert len(bad.reason) < 700
+
+
+def test_an_image_that_may_not_be_looked_at_is_one_bad_line(write, monkeypatch):
+    path, is_file = write({"prompt": "x", "images": ["a.png"]}, {"prompt": "y"}), Path.is_file
+
+    def refused(self):
+        if self.name == "a.png":
+            raise PermissionError(13, "Permission denied", str(self))
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    bad, (_, request) = read(path)
+    assert "expected an image file: Permission denied, got" in bad.reason
+    assert request.request_id == "2"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(write):
+    path = write(b'\xef\xbb\xbf{"prompt": "x"}', {"prompt": "y"})
+    assert [item[1].request_id for item in read(path)] == ["1", "2"]
+    path = write(b"\xef\xbb\xbf", {"prompt": "y"}, b'\xef\xbb\xbf{"prompt": "z"}')
+    (number, _), bad = read(path)
+    assert (number, bad.line, count_lines(path)) == (2, 3, 2)
 
 
 def test_a_fingerprint_sees_what_a_line_asks(write):
@@ -120,6 +148,19 @@ def test_a_fingerprint_sees_what_a_line_asks(write):
     assert len(set(prints)) == len(changes)
     assert prints[0] == fingerprint(read(write(base, {"prompt": "more"}))[0][1])
     assert fingerprint(read(write({**base, "answer": "5"}))[0][1]) == prints[0]
+
+
+def test_a_fingerprint_is_the_same_however_the_file_is_named(write, tmp_path, monkeypatch):
+    item = {"type": "image", "image": "folder/b.png"}
+    lines = [{"prompt": "x", "images": ["a.png", str(tmp_path / "a.png")]}]
+    lines += [{"prompt": [{"role": "user", "content": [item]}]}]
+    path = write(*lines)
+    monkeypatch.chdir(tmp_path)
+    spellings = (path, Path("data.jsonl"), Path("folder/../data.jsonl"))
+    found = [[fingerprint(request) for _, request in read(spelling)] for spelling in spellings]
+    assert found[0] == found[1] == found[2]
+    other = write({**lines[0], "images": ["a.png", "a.png"]}, lines[1])
+    assert fingerprint(read(other)[0][1]) != found[0][0]
 
 
 def test_parquet(tmp_path, write):
@@ -139,7 +180,7 @@ def test_parquet(tmp_path, write):
     (_, one), (_, two), bad = read(path)
     assert np.asarray(one.images[0]).tolist() == np.full((8, 8, 3), 7).tolist()
     assert one.metadata == {"answer": "5"}
-    assert two.images == [tmp_path / "folder" / "b.png"]
+    assert [Path(image) for image in two.images] == [tmp_path / "folder" / "b.png"]
     assert two.metadata == {}
     assert (bad.line, bad.id) == (3, "3")
     assert fingerprint(one) == fingerprint(read(path)[0][1])

@@ -16,6 +16,7 @@ from foveate.rollout import checkpoint
 COMMON = """
 import os, random, shutil, signal, sys, time
 from pathlib import Path
+import numpy as np
 import torch
 torch.set_num_threads(1)
 from foveate.rollout import checkpoint
@@ -41,12 +42,14 @@ def prompts():
             inputs = VisionInputs(torch.randn(8, 1176, generator=generator), torch.tensor([[1, 2, 4]]))
         yield Request(ids, vision=inputs, n=2, sampling=SamplingParams(max_tokens=4))
 
-def reward(group):  # depends on the global generator, which a checkpoint holds
-    totals = [float((r.token_ids < 100).float().mean() + torch.rand(())) for r in group.rollouts]
+def reward(group):  # depends on the global generators, which a checkpoint holds
+    noise = [torch.rand(()).item() + random.random() + random.gauss(0, 1) + np.random.normal() for _ in group.rollouts]
+    totals = [float((r.token_ids < 100).float().mean()) + x for r, x in zip(group.rollouts, noise)]
     return RewardTable({"low": totals}, totals)
 
 def train(folder, last=False):
-    torch.manual_seed(0)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(0)
     model = tiny_model(family)
     engine = Engine(model, config=EngineConfig(page_size=16, kv_memory=1 << 20))
     config = GRPOConfig(progress="none", learning_rate=1e-3, prompts_per_step=2, max_steps=steps, num_updates=2,

@@ -1,6 +1,9 @@
 """Rewards that are computed while others decode: the same numbers, bounded, and nothing hangs or crashes."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -46,6 +49,12 @@ def make(reward, **config):
     return Trainer(model, engine, reward, GRPOConfig(**{**QUIET, **config}))
 
 
+def slow_down(engine, seconds):
+    """Every step of the engine takes so much longer."""
+    next_batch = engine._scheduler.next
+    engine._scheduler.next = lambda *words: (time.sleep(seconds), next_batch(*words))[1]
+
+
 def numbers(record):
     return {name: value for name, value in record.metrics.items() if not name.startswith(TIMES)}
 
@@ -78,12 +87,13 @@ def test_a_finished_group_is_scored_while_others_decode():
     seen = []
 
     def reward(group):
-        seen.append((group.request.metadata["answer"], trained.engine.has_unfinished, threading.current_thread()))
+        seen.append(
+            (group.request.metadata["answer"], trained.engine._scheduler.has_unfinished, threading.current_thread())
+        )
         return low(group)
 
     trained = make(reward)
-    step = trained.engine.step
-    trained.engine.step = lambda: (time.sleep(0.005), step())[1]  # so that the other thread gets its turn
+    slow_down(trained.engine, 0.005)  # so that the other thread gets its turn
     trained.train_step(prompts())
     assert [answer for answer, _, _ in seen] == ["4", "3", "2", "1", "0"]
     assert [busy for _, busy, _ in seen] == [True] * 4 + [False]
@@ -168,7 +178,7 @@ def test_a_reward_that_raises_stops_the_step_and_leaves_engine_and_threads_clean
     before = threading.active_count()
     with pytest.raises(KeyError, match="0"):
         trained.train_step(prompts())
-    assert not trained.engine.has_unfinished
+    assert not trained.engine._scheduler.has_unfinished
     for _ in range(100):
         if threading.active_count() == before:
             break
@@ -176,6 +186,47 @@ def test_a_reward_that_raises_stops_the_step_and_leaves_engine_and_threads_clean
     assert threading.active_count() == before
     trained.reward = low
     assert trained.train_step(prompts()).metrics["step"] == 1
+
+
+STOPPED = """
+import signal, sys, time
+from foveate.rollout.reward_pool import RewardPool
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def score(group):
+    sys.stdout.write("scoring\\n")
+    sys.stdout.flush()
+    time.sleep(60)
+
+try:
+    with RewardPool(score, 2) as pool:
+        for index in range(4):
+            pool.submit(index, index)
+        if sys.argv[1] == "error":
+            time.sleep(0.5)
+            raise OSError("the step broke")
+        pool.results()
+except (KeyboardInterrupt, OSError) as error:
+    print(type(error).__name__, flush=True)
+    sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("how", ["KeyboardInterrupt", "error"])
+def test_a_process_that_is_stopped_does_not_wait_for_a_reward(how):
+    words = [sys.executable, "-c", STOPPED, how]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert [process.stdout.readline() for _ in range(2)] == ["scoring\n"] * 2
+        start = time.monotonic()
+        if how == "KeyboardInterrupt":
+            process.send_signal(signal.SIGINT)
+        try:
+            left, _ = process.communicate(timeout=10)
+        finally:
+            process.kill()
+    assert left == {"error": "OSError\n"}.get(how, f"{how}\n")
+    assert process.returncode == 130
+    assert time.monotonic() - start < 5
 
 
 FACTS = [("top-left", "3")]
@@ -192,7 +243,7 @@ def test_judging_over_http_overlaps_decoding_and_changes_no_number(chat_server):
     busy = []
 
     def respond(payload, number):
-        busy.append(trained.engine.has_unfinished)
+        busy.append(trained.engine._scheduler.has_unfinished)
         question = json.loads(payload["messages"][1]["content"])
         verdict = "stated" if len(question["text"]) % 2 else "absent"
         content = json.dumps({"verdicts": [{"id": fact["id"], "verdict": verdict} for fact in question["facts"]]})
@@ -202,8 +253,7 @@ def test_judging_over_http_overlaps_decoding_and_changes_no_number(chat_server):
     for workers in (0, 4):
         judge, reward = judged(server.url)
         trained = make(reward, reward_workers=workers)
-        step = trained.engine.step
-        trained.engine.step = lambda step=step: (time.sleep(0.01), step())[1]
+        slow_down(trained.engine, 0.01)
         records = [trained.train_step(prompts(facts=FACTS)) for _ in range(2)]
         found.append([(record.tables, numbers(record)) for record in records])
         assert any(busy) == (workers > 0)

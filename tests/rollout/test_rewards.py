@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -283,3 +284,37 @@ def test_any_text_gets_a_format_and_repetition_value(parts):
         assert think_part(text) is not None
         assert "\\boxed{" in answer_part(text)
     assert 0 <= repeated_share(text, n=2) < 1
+
+
+def test_values_become_floats_and_mistakes_name_reward_and_request():
+    group = make_group(["a", "b", "c"])
+
+    def table(values):
+        return WeightedReward([Constant("c", values)], {"c": 2.0})(group)
+
+    for values in (torch.tensor([1, 0, 1]), np.array([1, 0, 1], np.float32), [np.float64(1), False, torch.ones(1)]):
+        got = table(values)
+        assert got.totals == [2.0, 0.0, 2.0]
+        assert {type(value) for value in [*got.parts["c"], *got.totals]} == {float}
+    assert table([None, 1, None]).totals == [None, 2.0, None]
+    for wrong in ("1", b"1", [1.0], torch.ones(2), object()):
+        with pytest.raises(ValueError, match=r"expected a number or None, got .*reward 'c' of request 'r'"):
+            table([wrong, 1.0, 1.0])
+    with pytest.raises(TypeError) as error:
+        table(None)
+    assert error.value.__notes__ == ["raised by reward 'c' of request 'r'"]
+
+
+def test_metadata_can_be_checked_before_anything_runs():
+    reward = perception_r1()
+    for good in ({}, {"answer": None}, {"answer": "5", "facts": [("top-left", "3")]}, {"facts": []}):
+        reward.check(Request("?", metadata=good))
+    for bad, message in (
+        ({"answer": 5}, r"expected a string, got 5 .*request 'q'.*reward 'accuracy'"),
+        ({"facts": 5}, r"a list of facts, got 5 .*request 'q'.*reward 'perception'"),
+        ({"facts": "AB"}, r"a list of facts"),
+        ({"facts": [("AB",)]}, r"facts or \(subject, value\) strings"),
+        ({"facts": [("sun", "green")]}, r"fact of the judge's grammars.*request 'q', reward 'perception'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reward.check(Request("?", metadata=bad, request_id="q"))

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import pytest
 from foveate.rollout import cli
 from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
+from foveate.rollout.processor import load_processor
 from foveate.rollout.testing import tiny_model
 from foveate.rollout.types import Request
 
@@ -181,6 +184,109 @@ def test_a_changed_line_is_not_taken_for_the_old_one(engine, options):
     assert "another id or --overwrite" in error["error"]
     assert run(options(overwrite=True), engine) == 0
     assert len(rows(chosen.output)) == 36
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_nothing_is_lost_to_a_run_that_cannot_begin(engine, options, tmp_path, capsys):
+    chosen = options()
+    run(chosen, engine)
+    (tmp_path / "notes.jsonl").write_text('{"note": 1}\n')
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    before = contents(tmp_path)
+    words = ["rollout", "--model", str(tmp_path / "mistyped"), "--data", str(chosen.data), "--overwrite"]
+    assert cli.main([*words, "--output", str(chosen.output)]) == 1
+    assert cli.main([*words, "--output", str(tmp_path / "new.jsonl")]) == 1
+    for name in ("notes.jsonl", "empty.jsonl", "broken.parquet"):
+        assert cli.main([*words, "--output", str(chosen.output), "--data", str(tmp_path / name)]) == 1
+    shown = capsys.readouterr().err
+    assert "expected a prompt before" in shown
+    assert "line 1: expected a key such as" in shown
+    assert "an empty file" in shown
+    assert contents(tmp_path) == before
+
+    # The command that was meant begins as if the others had never been.
+    assert run(options("new.jsonl"), engine) == 0
+    assert_same(tmp_path / "new.jsonl", chosen.output)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "link.jsonl", "sub/../data.jsonl"])
+def test_the_data_are_never_the_output(options, tmp_path, name):
+    (tmp_path / "link.jsonl").symlink_to("data.jsonl")
+    (tmp_path / "sub").mkdir()
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"expected another file than .*, which is written to, got .*\(--data\)"):
+        options(name, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "errors.jsonl"])
+def test_the_data_are_no_file_beside_the_output(options, tmp_path, name):
+    data = options().data.rename(tmp_path / f"out.{name}")
+    with pytest.raises(ValueError, match="which is written to"):
+        RolloutOptions("m", data, tmp_path / "out.jsonl")
+
+
+CHANGES = {
+    "model": "other",
+    "n": 4,
+    "seed": 1,
+    "system": "Look.",
+    "dtype": "float32",
+    "sampling.temperature": 0.5,
+    "sampling.stop": ("x",),
+    "sampling.logit_bias": ((5, -1.0),),
+    "engine.max_context": 64,
+    "engine.ban_vision_tokens": False,
+    "engine.deterministic": True,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_output_is_not_continued_with_other_settings(engine, options, name):
+    begun = options()
+    begun.data.write_text('{"prompt": "x"}\n')
+    run(begun, engine)
+    section, _, key = name.rpartition(".")
+    changed = replace(getattr(begun, section), **{key: CHANGES[name]}) if section else CHANGES[name]
+    with pytest.raises(ValueError, match=rf"--overwrite, got .* \({name}\)"):
+        run(replace(begun, **{section or key: changed}), engine)
+
+
+@pytest.fixture
+def own_code(tmp_path, processor, monkeypatch):
+    """(folder of a model, what its own code and a question on stdin leave behind)"""
+    folder, traces = tmp_path / "model", []
+    for part in (tiny_model("qwen3"), processor.tokenizer):
+        part.save_pretrained(folder)
+    (folder / "own.py").write_text("import builtins\nbuiltins.traces.append('ran')\nclass Own: pass\n")
+    for name, change in (
+        ("config.json", {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}),
+        ("tokenizer_config.json", {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}),
+    ):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
+    monkeypatch.setattr("builtins.traces", traces, raising=False)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *_: traces.append("asked") or "y")
+    return folder, traces
+
+
+def test_a_model_folder_s_own_code_is_not_run_and_nobody_is_asked(own_code, options, tmp_path, capsys):
+    folder, traces = own_code
+    words = ["--model", str(folder), "--data", str(options().data), "--output", str(tmp_path / "out.jsonl")]
+    assert cli.main(["rollout", *words]) == 1
+    assert "trust_remote_code" in capsys.readouterr().err
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_processor(folder, has_vision=False)
+    assert not traces
+    with suppress(Exception):  # it is no tokenizer; that it is tried is enough
+        load_processor(folder, has_vision=False, trust_remote_code=True)
+    assert "ran" in traces
 
 
 def test_a_long_file_does_not_wait_in_memory(engine, options, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foveate.rollout.config import SamplingParams
-from foveate.rollout.tools.prompts import fingerprint
+from foveate.rollout.tools.prompts import BadLine, fingerprint
 from foveate.rollout.tools.rollout_file import RolloutFile
 from foveate.rollout.types import Request, Rollout, RolloutGroup
 
@@ -118,3 +118,85 @@ def test_a_file_without_settings_is_not_ours(tmp_path):
     with pytest.raises(ValueError, match=r"data.run.json beside it"):
         RolloutFile(tmp_path / "data.jsonl").open(SETTINGS, overwrite=False)
     assert (tmp_path / "data.jsonl").read_text() == '{"prompt": "mine"}\n'
+
+
+def test_a_check_changes_nothing(path, tmp_path):
+    path.write_bytes(path.read_bytes() + b'{"torn')
+    whole, file = path.read_bytes(), RolloutFile(path)
+    file.write_error(BadLine(1, "old"))
+    before = sorted(path.parent.iterdir())
+    assert file.check(SETTINGS, overwrite=False) is False
+    assert list(file.finished) == list("abc")
+    assert file.check({}, overwrite=True) is True
+    assert RolloutFile(tmp_path / "new" / "out.jsonl").check(SETTINGS, overwrite=False) is True
+    assert not (tmp_path / "new").exists()
+    assert path.read_bytes() == whole
+    assert sorted(path.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize("old", [None, "", "{", json.dumps({**SETTINGS, "seed": 1})])
+def test_an_output_without_rows_is_a_new_one(tmp_path, old):
+    file = RolloutFile(tmp_path / "out.jsonl")
+    file.path.touch()
+    if old is not None:
+        file.settings_path.write_text(old)
+    file.open(SETTINGS, overwrite=False)
+    assert json.loads(file.settings_path.read_text()) == SETTINGS
+    file.write(group("a"))
+    again = RolloutFile(file.path)
+    again.open(SETTINGS, overwrite=False)
+    assert list(again.finished) == ["a"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_wherever_the_first_moments_are_killed_rows_stand_beside_their_settings(tmp_path, monkeypatch, overwrite):
+    """Each change that `open` makes to the disk is the last once; then the command is given again."""
+    other, killed = {**SETTINGS, "seed": 1}, 0
+    for moment in range(20):
+        folder = tmp_path / str(moment)
+        file = RolloutFile(folder / "out.jsonl")
+        if overwrite:
+            file.open(SETTINGS, overwrite=False)
+            file.write(group("a"))
+        left = [moment]
+
+        def killing(change, left=left, torn=False):
+            def changed(self, *arguments, **options):
+                left[0] -= 1
+                if left[0] == -1 and torn:
+                    change(self, arguments[0][:9])
+                if left[0] < 0:
+                    raise Killed
+                return change(self, *arguments, **options)
+
+            return changed
+
+        with monkeypatch.context() as patch:
+            for name in ("mkdir", "unlink", "write_bytes", "write_text", "replace", "touch"):
+                patch.setattr(type(file.path), name, killing(getattr(type(file.path), name), torn=name == "write_text"))
+            try:
+                file.open(other, overwrite)
+            except Killed:
+                killed += 1
+        if file.settings_path.exists():
+            assert json.loads(file.settings_path.read_text()) in (SETTINGS, other)  # never torn
+        if file.path.exists() and file.path.stat().st_size:
+            assert overwrite
+            assert json.loads(file.settings_path.read_text()) == SETTINGS
+        else:
+            RolloutFile(file.path).open(other, overwrite=False)
+            assert json.loads(file.settings_path.read_text()) == other
+        if left[0] >= 0:
+            break
+    assert killed >= 4
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "5"])
+def test_settings_that_cannot_be_read_say_so(path, content):
+    RolloutFile(path).settings_path.write_text(content)
+    with pytest.raises(ValueError, match=r"expected settings in .*run.json, another --output, or --overwrite"):
+        RolloutFile(path).open(SETTINGS, overwrite=False)

@@ -34,6 +34,16 @@ class Source:
     def __call__(self, group):
         return [float(group.request.metadata["source"] == "tests")] * len(group.rollouts)
 
+def in_numpy(group):
+    import numpy
+    return numpy.array([len(rollout.token_ids) for rollout in group.rollouts], dtype=numpy.float32)
+
+def in_torch(group):
+    return low(group)[:1] and __import__("torch").tensor(low(group))
+
+def broken(group):
+    raise ValueError("a mistake of the user's")
+
 not_a_function = 5
 """
 
@@ -122,6 +132,154 @@ def test_going_on_is_as_if_never_stopped(options, capsys):
     assert [path.name for path in checkpoint.saved(part.output)] == ["step-2", "step-3"]
 
 
+def test_the_last_step_is_always_saved_and_the_command_saves_by_itself(options):
+    chosen = options(save_every=2)
+    run(chosen)
+    assert [path.name for path in checkpoint.saved(chosen.output)] == ["step-2", "step-3"]
+    never = options("never", save_every=0, max_steps=1)
+    run(never)
+    assert checkpoint.saved(never.output) == []
+    words = ["--model", "m", "--data", str(chosen.data)]
+    for more in ([], ["--grpo.learning-rate", "0.1"]):
+        assert command.parse(TrainOptions, "test", [*words, *more]).grpo.save_every == command.SAVE_EVERY > 0
+
+
+def test_resume_without_a_checkpoint_of_the_run_that_is_there_is_refused(options, capsys):
+    chosen = options(save_every=0, max_steps=1)
+    run(chosen)
+    before = (chosen.output / "metrics.jsonl").read_bytes()
+    assert cli.main(["train", "--config", str(chosen.output / "run.yaml"), "--resume"]) == 1
+    assert "expected a checkpoint to go on from, or another folder, got" in capsys.readouterr().err
+    assert (chosen.output / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 2}, "n = 3, with which the run was begun, got 2"),
+        ({"sampling": SamplingParams(max_tokens=4, temperature=0.5)}, "sampling.temperature = 1.0"),
+        ({"rewards": {"format": 1.0}}, "rewards = "),
+        ({"grpo": GRPOConfig(prompts_per_step=2, progress="none", save_every=1)}, "learning_rate = 0.001"),
+        ({"data": "other.jsonl"}, "the prompts with which the run was begun"),
+    ],
+)
+def test_resume_with_other_options_is_refused_by_name(options, change, message, tmp_path):
+    chosen = options(max_steps=1)
+    (tmp_path / "other.jsonl").write_text(chosen.data.read_text().replace("0?", "9?"))
+    run(chosen)
+    if "data" in change:
+        change = {"data": tmp_path / change["data"]}
+    with pytest.raises(ValueError, match=message):
+        run(replace(chosen, resume=True, **change))
+    assert len(metrics_of(chosen.output)) == 1
+
+
+@pytest.mark.parametrize("place", ["model", "step-3"])
+@pytest.mark.parametrize("option", ["model", "ref_model"])
+def test_a_model_that_the_run_would_overwrite_is_refused(options, place, option, tmp_path):
+    chosen = options("run")
+    with pytest.raises(ValueError, match="expected another folder than this run writes"):
+        replace(chosen, **{option: str(tmp_path / "x" / ".." / "run" / place)})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"\(--(ref-)?model\)"):
+        replace(chosen, **{option: str(tmp_path / "link" / place)})
+    assert replace(chosen, **{option: str(tmp_path / "run" / "base")})
+
+
+@pytest.mark.parametrize("at", ["step-1", "model"])
+def test_no_folder_is_there_without_its_tokenizer(options, at, monkeypatch):
+    chosen = options(max_steps=1)
+    write = command.save_processor
+
+    def broken(processor, folder):
+        if at in folder.name:
+            raise OSError("the disk is full")
+        write(processor, folder)
+
+    monkeypatch.setattr(command, "save_processor", broken)
+    with pytest.raises(OSError, match="full"):
+        run(chosen)
+    names = {path.name for path in chosen.output.iterdir()}
+    assert names == {"metrics.jsonl", "run.yaml"} | ({"step-1"} if at == "model" else set())
+
+
+def test_what_a_reward_cannot_read_is_found_before_the_model_is_loaded(options, monkeypatch, capsys):
+    lines = [{"prompt": "a", "answer": 5}, {"prompt": "b", "facts": [["sun", "green"]]}, {"prompt": "c", "facts": 3}]
+    chosen = replace(options(), rewards={"accuracy": 1.0, "perception": 1.0})
+    chosen.data.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"prompt": "d", "answer": "5"}]))
+    monkeypatch.setattr(command, "load_engine", lambda *_: pytest.fail("the model was loaded"))
+    assert cli.main(["train", "--config", str(_written(chosen)), "--grpo.max-steps", "1"]) == 1
+    shown = capsys.readouterr().err
+    assert "line 1: expected a string, got 5 (metadata['answer'] of request '1'), reward 'accuracy'" in shown
+    assert "line 2: expected a fact of the judge's grammars" in shown
+    assert "line 3: expected a list of facts, got 3 (metadata['facts'] of request '3')" in shown
+    assert "got '3 bad lines'" in shown
+    reward = weighted_reward(chosen.rewards)
+    left = command.load_prompts(replace(chosen, allow_errors=True), chosen.data, reward)
+    assert [request.request_id for request in left] == ["4"]
+    with pytest.raises(ValueError, match=r"request '2', reward 'perception'"):
+        reward.check(replace(left[0], request_id="2", metadata={"facts": [["sun", "green"]]}))
+
+
+def _written(chosen):
+    """The file of the options; they are a run's to be only when it begins."""
+    command.write_options(chosen)
+    return chosen.output / "run.yaml"
+
+
+def test_prompts_that_cannot_be_trained_on_are_bad_lines(options, capsys):
+    chosen = replace(options(), sampling=SamplingParams(max_tokens=4, presence_penalty=0.5))
+    with pytest.raises(ValueError, match="got '6 bad lines'"):
+        run(chosen)
+    assert "line 1: expected request '1' to be sampled from the model's own logits" in capsys.readouterr().err
+
+
+def test_numbers_of_numpy_and_torch_are_rewards(options):
+    chosen = options(max_steps=2)
+    source = next(iter(chosen.rewards)).rpartition(":")[0]
+    run(replace(chosen, rewards={f"{source}:in_numpy": 0.5, f"{source}:in_torch": 1.0}))
+    for line in metrics_of(chosen.output):
+        assert line["reward/total"] == pytest.approx(0.5 * line["reward/in_numpy"] + line["reward/in_torch"])
+
+
+def test_a_mistake_in_a_reward_shows_where_it_was_made(options, tmp_path):
+    chosen = options(max_steps=1)
+    source = next(iter(chosen.rewards)).rpartition(":")[0]
+    with pytest.raises(ValueError, match="a mistake of the user's") as error:
+        cli.main(["train", "--config", str(_written(replace(chosen, rewards={f"{source}:broken": 1.0})))])
+    assert error.traceback[-1].path.name == "reward.py"
+    assert any("raised by reward 'broken' of request '" in note for note in error.value.__notes__)
+    (tmp_path / "wrong.py").write_text("raise ValueError('at import')")
+    with pytest.raises(RuntimeError, match=r"wrong\.py:f could not be made") as error:
+        weighted_reward({f"{tmp_path / 'wrong.py'}:f": 1.0})
+    assert str(error.value.__cause__) == "at import"
+
+
+def test_a_missing_extra_is_an_error_of_the_options(options, monkeypatch, capsys):
+    def missing(*_):
+        raise ImportError("tensorboard=True needs the package tensorboard")
+
+    monkeypatch.setattr("foveate.rollout.metrics.check_extras", missing)
+    assert cli.main(["train", "--config", str(_written(options(tensorboard=True)))]) == 1
+    assert "foveate train: tensorboard=True needs" in capsys.readouterr().err
+
+
+def test_evaluations_are_greedy(options):
+    chosen = options(eval_data="data.jsonl", eval_every=1)
+    source = '"metadata": {"source": "tests"}'
+    chosen.data.write_text(f'{{"prompt": "a", "n": 4, {source}}}\n{{"prompt": "b", {source}}}\n')
+    trainer, prompts = command.prepare(chosen)
+    assert [(prompt.n, prompt.sampling.temperature) for prompt in prompts] == [(4, 1.0), (3, 1.0)]
+    asked = trainer.evaluate.prompts
+    assert [(prompt.n, prompt.sampling.temperature) for prompt in asked] == [(1, 0.0), (1, 0.0)]
+    seen = []
+    generate = trainer.engine.generate
+    trainer.engine.generate = lambda requests, **more: (seen.extend(requests), generate(requests, **more))[1]
+    assert trainer.evaluate(1) == trainer.evaluate(2)  # no noise in it
+    assert [request.sampling.temperature for request in seen] == [0.0] * 4
+
+
 def test_resume_with_nothing_there_begins(options):
     chosen = options(max_steps=1)
     words = ["--model", chosen.model, "--data", str(chosen.data), "--output", str(chosen.output), "--resume"]
@@ -157,8 +315,9 @@ def test_bad_lines_stop_the_run_unless_allowed(options, capsys):
         run(chosen)
     assert "data.jsonl, line 7: expected a JSON object" in capsys.readouterr().err
     allowed = replace(chosen, allow_errors=True)
+    reward = weighted_reward(allowed.rewards)
     # A prompt comes again in the next epoch: its seed belongs to the step, not to the line.
-    assert [request.sampling.seed for request in command.load_prompts(allowed, allowed.data)] == [None] * 6
+    assert [request.sampling.seed for request in command.load_prompts(allowed, allowed.data, reward)] == [None] * 6
     assert run(allowed).step == 1
 
 

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -243,13 +244,23 @@ def test_a_checkpoint_loads_with_from_pretrained(family, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last"]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_resumed_run_takes_the_same_next_step(tied, tmp_path):
+def make_model(kind):
+    model = tiny_model("qwen3", tie_word_embeddings=kind == "tied")
+    if kind != "lora":
+        return model
+    peft = pytest.importorskip("peft")
+    options = {"r": 2, "init_lora_weights": False, "lora_alpha": 4}
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "down_proj"], **options))
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied", "lora"])
+def test_a_resumed_run_takes_the_same_next_step(kind, tmp_path):
     config = GRPOConfig(**QUIET, prompts_per_step=2, num_updates=2, warmup_steps=4, weight_decay=0.1)
     requests = prompts(6)
 
     def fresh():
-        model = tiny_model("qwen3", tie_word_embeddings=tied)
+        torch.manual_seed(3)  # of the adapter
+        model = make_model(kind)
         return Trainer(model, Engine(model, config=SMALL), reward, config)
 
     whole = fresh()
@@ -277,6 +288,53 @@ def test_a_resumed_run_takes_the_same_next_step(tied, tmp_path):
     assert len(again) == 1
     assert tokens[0] == tokens[1]
     assert resumed.engine.num_requests == whole.engine.num_requests
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 1.0}, "learning_rate = 0.001, with which the run was begun, got 1.0"),
+        ({"seed": 9}, "seed = 0"),
+        ({"prompts_per_step": 1}, "prompts_per_step = 2"),
+        ({}, "the prompts with which the run was begun"),
+    ],
+)
+def test_a_resume_with_other_options_or_prompts_is_refused(change, message, tmp_path):
+    config = GRPOConfig(**QUIET, prompts_per_step=2, max_steps=1, save_every=1)
+    make(config=config, output_dir=tmp_path).train(prompts(4))
+    resumed = make(config=replace(config, max_steps=2, **change), output_dir=tmp_path)
+    before = weights_of(resumed.model)
+    if change:
+        with pytest.raises(ValueError, match=message):
+            resumed.load_checkpoint(tmp_path / "step-1")
+        assert_same_weights(weights_of(resumed.model), before)
+        return
+    resumed.load_checkpoint(tmp_path / "step-1")
+    with pytest.raises(ValueError, match=message):
+        resumed.train(prompts(4, n=2))
+    resumed.train(prompts(4))
+    assert resumed.step == 2
+
+
+def test_a_resume_with_another_reference_is_refused(tmp_path):
+    config = GRPOConfig(**QUIET, kl_coef=0.1)
+    make(config=config, ref_model=tiny_model("qwen3")).save_checkpoint(tmp_path / "a")
+    make(config=config, ref_model=tiny_model("qwen3")).load_checkpoint(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"ref_model = '.*', with which the run was begun"):
+        make(config=config, ref_model=tiny_model("qwen3", seed=1)).load_checkpoint(tmp_path / "a")
+
+
+def test_numbers_of_any_kind_are_rewards(tmp_path):
+    def of_numpy(group):
+        totals = [np.float32(len(r.token_ids) / 8) for r in group.rollouts]
+        return RewardTable({"low": list(torch.tensor(totals)), "flag": [True] * len(totals)}, totals)
+
+    trained = make(reward=of_numpy, output_dir=tmp_path, config=GRPOConfig(**QUIET, max_steps=1))
+    trained.train(prompts(2))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["reward/total"] == line["reward/low"] > 0
+    with pytest.raises(ValueError, match=r"expected a number or None, got 'much' \(reward of request 'p0'"):
+        make(reward=lambda group: RewardTable({}, ["much"] * 3)).train_step(prompts(1))
 
 
 def test_a_failed_write_leaves_the_older_checkpoint(tmp_path, monkeypatch):

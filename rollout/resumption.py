@@ -18,6 +18,8 @@ from foveate.rollout.types import Request
 
 # Options of which the numbers of a step do not depend.
 MAY_CHANGE = ("save_every", "eval_every", "log_every", "progress", "tensorboard", "reward_workers")
+# These move numbers by rounding alone, and are what a run that is short of memory needs.
+MAY_CHANGE += ("micro_batch_size", "micro_batch_tokens", "gradient_checkpointing")
 CHUNK_ELEMENTS = 1 << 22
 
 

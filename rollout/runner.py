@@ -17,7 +17,7 @@ from foveate.rollout.models.weights import Weights
 from foveate.rollout.planner import Planner
 from foveate.rollout.processor import ImageInput
 from foveate.rollout.scheduler import Group, Sequence
-from foveate.rollout.segments import Chunk
+from foveate.rollout.segments import Chunk, Segment
 from foveate.rollout.vision import VisionEncoder, place
 
 CPU_KV_MEMORY = 1 << 30  # bytes
@@ -41,12 +41,48 @@ class Runner:
         shape = (2, spec.num_layers, num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
         self.kv_pool = torch.empty(shape, dtype=weights.dtype, device=self.device)
 
+    def encode(self, chunks: list[Chunk]) -> dict[Segment, str]:
+        """Gives the segments the features of the images in their chunks, all images in one pass of the tower.
+
+        Where that pass fails, each image passes alone. Returns what then still fails: segment -> what the tower raised.
+        """
+        wanted = [(chunk.segment, image) for chunk in chunks for image in _images_in(chunk)]
+        missing = [(segment, image) for segment, image in wanted if image.content_hash not in segment.features]
+        if not missing:
+            return {}
+        images = {image.content_hash: image for _, image in missing}
+        features, errors = self._features(list(images.values()))
+        if errors and len(images) > 1:
+            errors = {}
+            for image in images.values():
+                alone, failed = self._features([image])
+                features |= alone
+                errors |= failed
+        for segment, image in missing:
+            if image.content_hash in features:
+                segment.features[image.content_hash] = features[image.content_hash]
+        return {segment: errors[image.content_hash] for segment, image in missing if image.content_hash in errors}
+
+    def _features(self, images: list[ImageInput]) -> tuple[dict[bytes, torch.Tensor], dict[bytes, str]]:
+        """Features by content hash, or for each image what the tower raised: text, as an exception holds memory."""
+        assert self.vision is not None, images
+        try:
+            return self.vision.encode(images), {}
+        except Exception as error:  # whatever a tower raises, out of memory too, concerns these images alone
+            reason = repr(error)
+        return {}, {image.content_hash: reason for image in images}
+
     def prefill(self, chunks: list[Chunk]) -> int:
         """Computes chunks of segments, parents before their children; returns the number of tokens."""
         return len(self.forward(chunks)) if chunks else 0
 
     def forward(self, chunks: list[Chunk]) -> torch.Tensor:
-        """As `prefill`, of one chunk or more. -> float [T, hidden], after the final norm, their tokens in order"""
+        """As `prefill`, of one chunk or more. -> float [T, hidden], after the final norm, their tokens in order
+
+        Raises RuntimeError, before anything is stored, if the tower fails on an image that `encode` was not called for.
+        """
+        for reason in self.encode(chunks).values():
+            raise RuntimeError(f"expected the vision tower to encode each image, got {reason}")
         for chunk in chunks:
             assert chunk.segment.length == chunk.start, "chunks of a segment come in order"
             chunk.segment.length = chunk.stop
@@ -86,7 +122,6 @@ class Runner:
         """Token embeddings, image placeholders replaced by features. -> float [T, hidden], what is added later"""
         tokens = torch.cat([chunk.segment.source.token_ids[chunk.span] for chunk in chunks])
         hidden = F.embedding(tokens.to(self.device), self.weights.embed)
-        self._encode(chunks)
         placed: list[tuple[int, torch.Tensor]] = []  # (row, features of an image's tokens from there on)
         row = 0
         for chunk in chunks:
@@ -99,16 +134,6 @@ class Runner:
             ahead = {image.content_hash for image in segment.source.images if image.start + image.num_tokens > last}
             segment.features = {key: value for key, value in segment.features.items() if key in ahead}
         return hidden, place(hidden, placed)
-
-    def _encode(self, chunks: list[Chunk]) -> None:
-        """Gives the segments the features of the images in their chunks, all images in one pass of the tower."""
-        wanted = [(chunk.segment, image) for chunk in chunks for image in _images_in(chunk)]
-        missing = [(segment, image) for segment, image in wanted if image.content_hash not in segment.features]
-        if missing:
-            assert self.vision is not None, missing
-            features = self.vision.encode([image for _, image in missing])
-            for segment, image in missing:
-                segment.features[image.content_hash] = features[image.content_hash]
 
     def _sample(self, hidden: torch.Tensor, sequences: list[Sequence]) -> SampleOutput:
         params = [sequence.group.request.sampling for sequence in sequences]

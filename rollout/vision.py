@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from foveate.rollout.models.spec import Deepstack, VisionSpec
 from foveate.rollout.processor import ImageInput
@@ -28,8 +30,9 @@ class VisionEncoder:
     """Encodes images and keeps features, least recently used out first, within a byte budget.
 
     Features are in use while anyone holds the tensor that `encode` returned. Those are never evicted, so that the
-    cache exceeds its budget where they alone do; it shrinks as soon as they are let go. each_alone: images pass the
-    tower one by one, so that features do not depend on which came together.
+    cache exceeds its budget where they alone do; it shrinks as soon as they are let go. The tower runs in eval mode,
+    whatever mode a trainer has left it in: dropout must not stay in what is kept. each_alone: images pass the tower one
+    by one, so that features do not depend on which came together.
     """
 
     def __init__(self, spec: VisionSpec, dtype: torch.dtype, cache_bytes: int, each_alone: bool = False):
@@ -47,7 +50,7 @@ class VisionEncoder:
         """-> float [tokens, 1 + num_deepstack, hidden] by content hash, equal images encoded once."""
         wanted = {image.content_hash: image for image in images}
         features = {key: self._hand_out(key) for key in wanted if key in self._entries}
-        self.num_hits += len(features)
+        num_hits = len(features)
         missing = [image for key, image in wanted.items() if key not in features]
         if missing:
             batches = [[image] for image in missing] if self.each_alone else [missing]
@@ -58,6 +61,7 @@ class VisionEncoder:
                 features[image.content_hash] = self._hand_out(image.content_hash)
             self.num_encoded += len(missing)
             self._trim()
+        self.num_hits += num_hits  # nothing is counted if the tower fails
         return features
 
     def clear(self) -> None:
@@ -68,7 +72,9 @@ class VisionEncoder:
     def _run_tower(self, images: Sequence[ImageInput]) -> list[torch.Tensor]:
         device = next(self.spec.tower.parameters()).device
         pixels = torch.cat([image.pixel_values.to(device) for image in images])
-        return self.spec.encode(pixels, torch.stack([image.grid_thw for image in images]).to(device))
+        grids = torch.stack([image.grid_thw for image in images]).to(device)
+        with _in_eval(self.spec.tower):
+            return self.spec.encode(pixels, grids)
 
     def _hand_out(self, key: bytes) -> torch.Tensor:
         """The entry's view, the same one while it is in use; the entry is now the most recently used."""
@@ -95,6 +101,19 @@ class VisionEncoder:
 def _trim(cache: VisionEncoder | None) -> None:
     if cache is not None:
         cache._trim()
+
+
+@contextmanager
+def _in_eval(tower: nn.Module) -> Iterator[None]:
+    """Sets the flags alone, and puts each back: `eval()` and `train()` of a module may do more."""
+    training = [module for module in tower.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def vision_stats(encoder: VisionEncoder | None) -> dict[str, int]:

@@ -23,10 +23,13 @@ FAMILIES = {
 def describe(model: Any) -> ModelSpec:
     """Finds the parts of a transformers model, also inside a LoRA model of `peft`.
 
-    Raises ValueError for a family that is not supported.
+    Raises ValueError for a family that is not supported, and for a model in another wrapper.
     """
+    from transformers import PreTrainedModel
+
     model = unwrap(model)
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    # Wrappers hand on the attributes of what they hold.
+    model_type = model.config.model_type if isinstance(model, PreTrainedModel) else type(model).__name__
     if model_type not in FAMILIES:
         raise ValueError(f"expected a model of one of {sorted(FAMILIES)}, got {model_type!r} (model)")
     return FAMILIES[model_type](model)

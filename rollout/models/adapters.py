@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,67 +61,85 @@ def lora_linear(module: Any) -> Linear:
     return weight, bias
 
 
+@dataclass(frozen=True, eq=False)
+class _Adapted:
+    """A projection's copies, and what they were made of: (owner, name, parameter, its address)."""
+
+    name: str
+    copies: Linear
+    parts: list[tuple[nn.Module, str, nn.Parameter, int]]
+
+    def is_made_of(self, parts: list[tuple[nn.Module, str, nn.Parameter, int]]) -> bool:
+        """Whether these are the same modules and parameters, where they were; their values may have changed."""
+        return len(parts) == len(self.parts) and all(
+            owner is own and param is other and (name, pointer) == (key, address)
+            for (owner, name, param, pointer), (own, key, other, address) in zip(parts, self.parts, strict=True)
+        )
+
+
 class AdaptedLinears:
-    """The engine's copies of what projections of registered types multiply with."""
+    """The engine's copies of what projections of registered types multiply with.
+
+    The model is read by `add` for each of them, then `finish`, as often as need be. A copy that was made before stays
+    as it is, unless a module or parameter of the projection was replaced or moved: values are renewed by `refresh`.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype = dtype
         self.device = device
-        self._copies: dict[nn.Module, tuple[str, Linear]] = {}
+        self._adapted: dict[nn.Module, _Adapted] = {}
+        self._reading: dict[nn.Module, _Adapted] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._copies)
+        return bool(self._adapted)
 
     def add(self, module: nn.Module, name: str) -> Linear:
         """Copies for one more projection; raises ValueError naming it if it cannot be read."""
+        parts = []
         for child in module.modules():
-            require_no_hooks(child, name)
             for key, param in child._parameters.items():
-                if param is not None and (type(param) is not nn.Parameter or not param.is_floating_point()):
+                if param is None:
+                    continue
+                if type(param) is not nn.Parameter or not param.is_floating_point():
                     got = f"{type(param).__name__} {param.dtype}"
                     raise ValueError(f"expected a plain floating nn.Parameter, got {got} ({name}, {key})")
-        weight, bias = _read(module, name)
-        copies = self._copy(weight), None if bias is None else self._copy(bias)
-        self._copies[module] = name, copies
+                parts.append((child, key, param, param.data_ptr()))
+        known = self._adapted.get(module)
+        if known is not None and known.is_made_of(parts):
+            copies = known.copies
+        else:
+            weight, bias = _read(module, name)
+            copies = self._copy(weight), None if bias is None else self._copy(bias)
+        self._reading[module] = _Adapted(name, copies, parts)
         return copies
+
+    def finish(self) -> None:
+        """Ends a reading of the model: projections that were not added are forgotten."""
+        self._adapted, self._reading = self._reading, {}
 
     def refresh(self) -> None:
         """Fills the copies anew; raises ValueError naming the projection if one cannot be read, or changed shape."""
-        for module, (name, (weight, bias)) in self._copies.items():
-            new_weight, new_bias = _read(module, name)
+        for module, adapted in self._adapted.items():
+            (weight, bias), (new_weight, new_bias) = adapted.copies, _read(module, adapted.name)
             if new_weight.shape != weight.shape or (new_bias is None) != (bias is None):
-                raise ValueError(f"expected a weight {list(weight.shape)}, got {list(new_weight.shape)} ({name})")
+                got = list(new_weight.shape)
+                raise ValueError(f"expected a weight {list(weight.shape)}, got {got} ({adapted.name})")
             weight.copy_(new_weight)
             if bias is not None and new_bias is not None:
                 bias.copy_(new_bias)
 
     @property
     def num_bytes(self) -> int:
-        return sum(x.nbytes for _, copies in self._copies.values() for x in copies if x is not None)
-
-    @property
-    def has_hooks(self) -> bool:
-        return any(_has_hooks(child) for module in self._copies for child in module.modules())
+        return sum(x.nbytes for adapted in self._adapted.values() for x in adapted.copies if x is not None)
 
     @property
     def parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """(owner, name, parameter) of all that the projections are made of."""
-        children = [child for module in self._copies for child in module.modules()]
-        return [(c, name, param) for c in children for name, param in c._parameters.items() if param is not None]
+        return [part[:3] for adapted in self._adapted.values() for part in adapted.parts]
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         # Never the module's own memory, even where nothing was added to its parameter.
         return tensor.to(self.device, self.dtype, copy=True)
-
-
-def require_no_hooks(module: nn.Module, name: str) -> None:
-    """Raises ValueError if the module's forward is not the one of its class alone."""
-    if _has_hooks(module):
-        raise ValueError(f"expected a torch.nn.Linear without forward hooks, got one with hooks ({name})")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
 
 
 def _read(module: nn.Module, name: str) -> Linear:

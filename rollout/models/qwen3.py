@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from foveate.rollout.models.spec import ModelSpec, text_spec
+from foveate.rollout.models.spec import Classes, ModelSpec, text_spec
+
+CLASSES = Classes(
+    source="transformers.models.qwen3.modeling_qwen3",
+    decoder="Qwen3Model",
+    layer="Qwen3DecoderLayer",
+    attention="Qwen3Attention",
+    mlp="Qwen3MLP",
+    norm="Qwen3RMSNorm",
+    rotary="Qwen3RotaryEmbedding",
+)
 
 
 def describe(model: Any) -> ModelSpec:
-    return text_spec(model, model.model, model.config)
+    return text_spec(model, model.model, model.config, CLASSES)

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from foveate.rollout.models.spec import ModelSpec, VisionSpec, text_spec
+from foveate.rollout.models.spec import Classes, ModelSpec, VisionSpec, text_spec
 
 
-def vl_spec(model: Any, rope_planes: tuple[int, ...], num_deepstack: int = 0) -> ModelSpec:
+def vl_spec(model: Any, rope_planes: tuple[int, ...], classes: Classes, num_deepstack: int = 0) -> ModelSpec:
     """ModelSpec of a model made of `model.language_model` and `model.visual`."""
     config, inner = model.config, model.model
     vision = config.vision_config
     pads = [getattr(config, f"{name}_token_id", None) for name in ("image", "video", "vision_start", "vision")]
-
-    def encode(pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> list[torch.Tensor]:
-        output = inner.get_image_features(pixel_values, image_grid_thw, return_dict=True)
-        sizes = [len(image) for image in output.pooler_output]
-        levels = [output.pooler_output]
-        for level in output.deepstack_features if num_deepstack else ():
-            # All images in one tensor until some release of transformers, one tensor an image since.
-            levels.append(level.split(sizes) if isinstance(level, torch.Tensor) else level)
-        return [torch.stack(image, dim=1) for image in zip(*levels, strict=True)]
 
     def positions(ids: torch.Tensor, image_grid_thw: torch.Tensor) -> tuple[torch.Tensor, int]:
         # One text token more shows where the completion goes on; transformers before 5.6 gives image tokens
@@ -37,10 +29,12 @@ def vl_spec(model: Any, rope_planes: tuple[int, ...], num_deepstack: int = 0) ->
         model,
         inner.language_model,
         config.text_config,
+        classes,
+        path="model.language_model",
         rope_planes=rope_planes,
         vision=VisionSpec(
             tower=inner.visual,
-            encode=encode,
+            encode=partial(_encode, inner, num_deepstack),
             positions=positions,
             image_token_id=config.image_token_id,
             video_token_id=config.video_token_id,
@@ -50,6 +44,18 @@ def vl_spec(model: Any, rope_planes: tuple[int, ...], num_deepstack: int = 0) ->
             num_deepstack=num_deepstack,
         ),
     )
+
+
+def _encode(
+    inner: Any, num_deepstack: int, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor
+) -> list[torch.Tensor]:
+    output = inner.get_image_features(pixel_values, image_grid_thw, return_dict=True)
+    sizes = [len(image) for image in output.pooler_output]
+    levels = [output.pooler_output]
+    for level in output.deepstack_features if num_deepstack else ():
+        # All images in one tensor until some release of transformers, one tensor an image since.
+        levels.append(level.split(sizes) if isinstance(level, torch.Tensor) else level)
+    return [torch.stack(image, dim=1) for image in zip(*levels, strict=True)]
 
 
 def consecutive_planes(section: Sequence[int]) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -46,16 +47,42 @@ class Deepstack:
 
 
 @dataclass(frozen=True)
+class Classes:
+    """Names of transformers' own classes of a family; `source` is the module that defines them.
+
+    outer: of what holds the decoder and the vision tower, None without a tower.
+    """
+
+    source: str
+    decoder: str
+    layer: str
+    attention: str
+    mlp: str
+    norm: str
+    rotary: str
+    outer: str | None = None
+
+    def find(self, name: str) -> type:
+        """The class of that name; raises ValueError if another one was put in its place."""
+        kind = getattr(import_module(self.source), name)
+        if kind.__module__ != self.source:
+            raise ValueError(f"expected transformers' own {name}, got {kind.__module__}.{kind.__qualname__} (model)")
+        return kind
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A transformers causal language model, taken apart. The modules stay the model's own.
 
     Their attributes are known to transformers alone, hence Any.
-    decoder: the module with embed_tokens, layers, norm and rotary_emb. rope_planes: head_dim / 2 entries, which
-    position each rotary frequency follows (0 time, 1 height, 2 width); None for one-dimensional positions.
+    decoder: the module with embed_tokens, layers, norm and rotary_emb; path: its name in the model. rope_planes:
+    head_dim / 2 entries, which position each rotary frequency follows (0 time, 1 height, 2 width); None for
+    one-dimensional positions.
     """
 
     model: Any
     decoder: Any
+    classes: Classes
     lm_head: nn.Linear
     num_heads: int
     num_kv_heads: int
@@ -64,6 +91,7 @@ class ModelSpec:
     vocab_size: int
     max_context: int
     activation: str
+    path: str = "model"
     rope_planes: tuple[int, ...] | None = None
     vision: VisionSpec | None = None
 
@@ -72,7 +100,7 @@ class ModelSpec:
         return len(self.decoder.layers)
 
 
-def text_spec(model: Any, decoder: Any, config: Any, **extra: Any) -> ModelSpec:
+def text_spec(model: Any, decoder: Any, config: Any, classes: Classes, **extra: Any) -> ModelSpec:
     """ModelSpec from the config fields that every supported family shares."""
     sliding = [i for i, kind in enumerate(getattr(config, "layer_types", None) or []) if kind != "full_attention"]
     if sliding:
@@ -91,6 +119,7 @@ def text_spec(model: Any, decoder: Any, config: Any, **extra: Any) -> ModelSpec:
     return ModelSpec(
         model=model,
         decoder=decoder,
+        classes=classes,
         lm_head=model.lm_head,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,

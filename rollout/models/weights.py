@@ -15,13 +15,16 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from foveate.rollout.models.adapters import AdaptedLinears, Linear, find_adapter, require_no_hooks
+from foveate.rollout.models.adapters import AdaptedLinears, Linear, find_adapter
 from foveate.rollout.models.named import Manifest, NamedTensors, NamedUpdate
 from foveate.rollout.models.spec import ModelSpec
+from foveate.rollout.models.watch import Watch, watch_decoder
 
 # Keyed by the module that owns the parts (self_attn, mlp) and the parts' kind. The buffers live as long as
 # the module: a second engine on it adopts them, and parameters stay valid when engines go.
 _FUSED: weakref.WeakKeyDictionary[nn.Module, dict[str, torch.Tensor]] = weakref.WeakKeyDictionary()
+
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # have no forward
 
 
 @dataclass
@@ -44,7 +47,8 @@ class Weights:
 
     shares: True if these are the module's own parameters, False if some are a shadow that `refresh` fills: in another
     dtype, or of an adapter's projections (`foveate.rollout.models.adapters`). Raises ValueError naming the module for
-    a projection that is neither a plain `nn.Linear` nor of a registered type.
+    a projection that is neither a plain `nn.Linear` nor of a registered type, and for any other module of the decoder
+    whose forward is not the one of transformers' own class (`foveate.rollout.models.watch`).
     """
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype | None, fuse: bool):
@@ -56,6 +60,8 @@ class Weights:
         self._shadow: dict[int, torch.Tensor] = {}  # id of a parameter -> its copy in self.dtype
         self._shadow_buffers: dict[nn.Module, dict[str, torch.Tensor]] = {}
         self._table: list[tuple[nn.Module, str, nn.Parameter, int]] = []
+        self._adapted = AdaptedLinears(self.dtype, self.device)
+        self._num_layers: int | None = None  # until it was read once
         self._torn = False  # an update broke off half-way
         self._tower: set[int] = set()  # ids of the vision tower's parameters, during an update
         self._wrote_tower = False  # since the last update that succeeded
@@ -67,22 +73,21 @@ class Weights:
         """Reads the module's parameters anew, fusing what is not fused yet."""
         model, decoder = self.spec.model, self.spec.decoder
         self._names = {id(module): name for name, module in model.named_modules()}
-        self._places: list[tuple[dict, str, nn.Module | None]] = []  # empty until all is read, see check
+        self._is_read = False  # until all is, see check
+        self._watch = self._watch_decoder()
         self._known = {id(param): pointer for _, _, param, pointer in self._table}
         self._reading: list[tuple[nn.Module, str, nn.Parameter]] = []
-        self._adapted = AdaptedLinears(self.dtype, self.device)
         self.embed = self._tensor(decoder.embed_tokens, "weight")
         self.layers = [self._layer(layer) for layer in decoder.layers]
         self.norm, self.eps = self._tensor(decoder.norm, "weight"), decoder.norm.variance_epsilon
         self.lm_head, self.lm_head_bias = self._linear(model.lm_head)
+        self._adapted.finish()
         # Fusing moves parameters, so the addresses are taken when all are in place.
         watched = [*self._reading, *self._adapted.parameters]
         self._table = [(owner, name, param, param.data_ptr()) for owner, name, param in watched]
-        # Who stands where: a wrapper put around a projection later must not go unnoticed.
-        self._places = [(parent._modules, *slot) for parent in decoder.modules() for slot in parent._modules.items()]
-        self._places.append((model._modules, "lm_head", model.lm_head))
         read = {id(param) for _, _, param, _ in self._table}  # a replaced parameter leaves no copy behind
         self._shadow = {key: copy for key, copy in self._shadow.items() if key in read}
+        self._is_read = True
 
     def check(self) -> None:
         """Re-adopts the parameters if one, or a module, was replaced or moved since they were last read.
@@ -96,18 +101,22 @@ class Weights:
 
     def _follow(self) -> None:
         """Re-adopts what was replaced or moved."""
-        moved = (
-            not self._places
-            or any(children.get(name) is not module for children, name, module in self._places)
-            or any(
-                owner._parameters.get(name) is not param or param.data_ptr() != pointer
-                for owner, name, param, pointer in self._table
-            )
-            or any(module._forward_hooks or module._forward_pre_hooks for module, *_ in self._table)
-            or self._adapted.has_hooks
-        )
-        if moved:
+        if not (self._is_read and self._watch.is_unchanged and self._is_where_it_was()):
             self.adopt()
+
+    def _is_where_it_was(self) -> bool:
+        for owner, name, param, pointer in self._table:
+            if owner._parameters.get(name) is not param or param.data_ptr() != pointer:
+                return False
+        return True
+
+    def _watch_decoder(self) -> Watch:
+        watch, count = watch_decoder(self.spec), self.spec.num_layers
+        if self._num_layers not in (None, count):
+            expected = f"{self._num_layers} layers, as the engine was built with"
+            raise ValueError(f"expected {expected}, got {count} ({self.spec.path}.layers)")
+        self._num_layers = count
+        return watch
 
     def plan(
         self, named: NamedTensors, manifest: Manifest | None, partial: bool, vision_changed: bool | None
@@ -188,6 +197,9 @@ class Weights:
 
     def _linear(self, module: nn.Module) -> Linear:
         if find_adapter(module) is not None:
+            for child in module.modules():
+                if type(child) not in CONTAINERS:
+                    self._watch.add_forward(child, self._names[id(module)])
             return self._adapted.add(module, self._names[id(module)])
         self._require_plain(module)
         bias = None if module.bias is None else self._tensor(module, "bias")
@@ -259,4 +271,4 @@ class Weights:
         if type(module) is not nn.Linear or is_parametrized(module):
             kind = "a parametrised" if is_parametrized(module) else f"{type(module).__module__}.{type(module).__name__}"
             raise ValueError(f"expected a plain torch.nn.Linear, got {kind} ({name})")
-        require_no_hooks(module, name)
+        self._watch.add_forward(module, name)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from foveate.rollout.config import SamplingParams
+from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.learner import Learner
 from foveate.rollout.models import adapters, describe, register_adapter
 from foveate.rollout.policy import Sample, policy_logprobs
 from foveate.rollout.testing import tiny_model
@@ -140,6 +142,63 @@ def test_a_model_that_is_wrapped_later(make_engine, requests, assert_logprobs):
     assert not engine.shares_weights
 
 
+def _moved_embedding(model) -> None:
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.detach().clone()
+
+
+def _requires_input_grads(model) -> None:
+    model.enable_input_require_grads()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+@pytest.mark.parametrize("cause", [_moved_embedding, _requires_input_grads])
+def test_copies_are_renewed_by_an_update_alone(cause, dtype, make_engine, requests, monkeypatch):
+    """Whatever else makes the engine read the model again."""
+    model = tiny_model("llama", seed=4)
+    engine = make_engine(lora(model, target_modules=EVERY_PROJECTION), dtype=dtype)
+    before = logprobs(engine, requests(model))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-3)
+    reads = []
+    original = engine._weights.adopt
+    monkeypatch.setattr(engine._weights, "adopt", lambda: reads.append(original()))
+    cause(model)
+    assert torch.equal(logprobs(engine, requests(model)), before)
+    assert len(reads) == 1
+    engine.update_weights()
+    assert not torch.allclose(logprobs(engine, requests(model)), before, atol=1e-2)
+
+
+@pytest.mark.parametrize("how", ["parameter", "data", "module"])
+def test_only_the_copy_of_what_was_replaced_is_renewed(how, make_engine, requests):
+    model = tiny_model("llama", seed=4)
+    engine = make_engine(lora(model, target_modules=["o_proj"]))
+    copies = [layer.o[0] for layer in engine._weights.layers]
+    before = copies[1].clone()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-3)
+    factors = model.model.layers[0].self_attn.o_proj.lora_B
+    changed = factors["default"].weight.detach().clone()
+    if how == "parameter":
+        factors["default"].weight = nn.Parameter(changed)
+    elif how == "data":
+        factors["default"].weight.data = changed
+    else:
+        weight = factors["default"].weight  # the same parameter in another module
+        factors["default"] = nn.Linear(*changed.shape[::-1], bias=False)
+        factors["default"].weight = weight
+    logprobs(engine, requests(model))
+    layer = model.model.layers[0].self_attn.o_proj
+    expected = layer.base_layer.weight + layer.get_delta_weight("default")
+    torch.testing.assert_close(engine._weights.layers[0].o[0], expected.detach())
+    assert engine._weights.layers[1].o[0] is copies[1]
+    assert torch.equal(copies[1], before)
+
+
 def test_parameters_stay_the_models_and_bytes_are_counted(make_engine):
     model = tiny_model("llama")
     wrapped = lora(model, target_modules=["o_proj"])
@@ -178,10 +237,28 @@ def test_the_trainers_forward_and_gradients(make_engine, requests):
         assert grad.abs().max() > 1e-5, name
 
 
+def test_dropout_of_adapters_is_for_training_alone(make_engine, requests, assert_logprobs):
+    """In training mode too, on the decoder and on the tower; a trainer that would train with it is refused."""
+    model = tiny_model("qwen2_5_vl", seed=4)
+    wrapped = lora(model, target_modules=[*EVERY_PROJECTION, "qkv", "proj"], lora_dropout=0.5)
+    engine = make_engine(wrapped)
+    wrapped.train()
+    modes = [module.training for module in wrapped.modules()]
+    groups = engine.generate(requests(model), strict=True)
+    assert [module.training for module in wrapped.modules()] == modes
+    with pytest.raises(ValueError, match=r"expected no dropout, got 0.5 \(.*lora_dropout.default\)"):
+        Learner(wrapped, None, GRPOConfig())
+    wrapped.eval()
+    assert_logprobs(model, groups)
+
+
 REFUSED = {
     "dora": ({"use_dora": True}, r"expected plain LoRA, got DoraLinearVariant \(default\) \(model.*q_proj\)"),
     "head": ({"target_modules": ["lm_head"]}, r"expected a plain torch.nn.Linear, got Linear \(lm_head\)"),
-    "embedding": ({"target_modules": ["embed_tokens"]}, r"nn.Parameter, got NoneType \(model.embed_tokens.weight\)"),
+    "embedding": (
+        {"target_modules": ["embed_tokens"]},
+        r"nn.Embedding, got peft.*Embedding \(model.embed_tokens\)",
+    ),
     "saved head": ({"modules_to_save": ["lm_head"]}, r"got ModulesToSaveWrapper \(lm_head\)"),
 }
 

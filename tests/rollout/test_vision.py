@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from foveate.rollout.images import content_hash
 from foveate.rollout.models import describe
 from foveate.rollout.processor import ImageInput
-from foveate.rollout.testing import tiny_model
+from foveate.rollout.testing import VISION_FAMILIES, tiny_model
 from foveate.rollout.vision import VisionEncoder, place, vision_stats
 
 TOKEN_BYTES = 48 * 4  # a feature of the tiny model in float32
@@ -221,6 +222,9 @@ class TowerOfOnes:
     def parameters(self):
         return iter([torch.zeros(())])
 
+    def modules(self):
+        return iter([])
+
     tower = property(lambda self: self)
 
 
@@ -321,3 +325,23 @@ def test_place_without_images():
     before = hidden.clone()
     assert place(hidden, []) is None
     assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("family", VISION_FAMILIES)
+def test_dropout_does_not_reach_the_cache(family):
+    """The tower runs in eval mode, and every module is left in the mode it was in, also after a failure."""
+    model = tiny_model(family)
+    first, *others = (module for module in model.model.visual.modules() if isinstance(module, torch.nn.Linear))
+    for linear in (first, *others):
+        linear.register_forward_hook(lambda module, args, output: F.dropout(output, 0.5, module.training))
+    expected = tower(model, image(0))[0].detach()
+    model.train()
+    first.eval()
+    modes = [module.training for module in model.modules()]
+    features = VisionEncoder(describe(model).vision, torch.float32, 0).encode([image(0)])
+    assert torch.equal(features[image(0).content_hash], expected)
+    assert [module.training for module in model.modules()] == modes
+    others[0].register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        VisionEncoder(describe(model).vision, torch.float32, 0).encode([image(0)])
+    assert [module.training for module in model.modules()] == modes

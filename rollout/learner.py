@@ -16,6 +16,9 @@ from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.policy import Sample, micro_batches, policy_logprobs
 
 
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """What one step learns from. advantages, weights (of each token in the loss): float32 [samples]."""
@@ -148,5 +151,5 @@ def _in_training(model: nn.Module) -> Iterator[None]:
 
 def _refuse_dropout(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0.0)
-        require(not isinstance(rate, float) or rate == 0, "no dropout", rate, name)
+        rate = module.p if isinstance(module, _DROPOUTS) else getattr(module, "attention_dropout", 0.0)
+        require(not isinstance(rate, (int, float)) or rate == 0, "no dropout", rate, name)

@@ -17,9 +17,8 @@ from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.types import Request
 
 # Options of which the numbers of a step do not depend.
-MAY_CHANGE = ("save_every", "eval_every", "log_every", "progress", "tensorboard", "reward_workers")
-# These move numbers by rounding alone, and are what a run that is short of memory needs.
-MAY_CHANGE += ("micro_batch_size", "micro_batch_tokens", "gradient_checkpointing")
+ONLY_ROUNDING = ("micro_batch_size", "micro_batch_tokens", "gradient_checkpointing")  # for a run short of memory
+MAY_CHANGE = ("save_every", "eval_every", "log_every", "progress", "tensorboard", "reward_workers", *ONLY_ROUNDING)
 CHUNK_ELEMENTS = 1 << 22
 
 

@@ -46,9 +46,9 @@ class Updates:
         require(in_flight in IN_FLIGHT, f"one of {IN_FLIGHT}", in_flight, "in_flight")
         with self._desk.turn():
             self._desk.require_no_step("update_weights")
-            if in_flight == "error":
-                names = sorted(self._desk.groups)
-                require(not names, "no unfinished requests", f"{len(names)}: {names[:3]}", "in_flight")
+            names = sorted(self._desk.groups)
+            if names and in_flight == "error":
+                raise ValueError(f"expected no unfinished requests, got {len(names)}: {names[:3]} (in_flight)")
             update = self._weights.plan(named, manifest, partial, vision_changed)
             if in_flight == "abort":
                 self._desk.abort_all()

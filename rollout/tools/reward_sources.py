@@ -64,9 +64,9 @@ def _module(place: str, source: str) -> Any:
         require(Path(place).is_file(), "a file", place, f"rewards, {source}")
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
         assert spec is not None, place
-        assert spec.loader is not None, place
-        module = importlib.util.module_from_spec(spec)
-        _run(lambda: spec.loader.exec_module(module), source)
+        module, loader = importlib.util.module_from_spec(spec), spec.loader
+        assert loader is not None, place
+        _run(lambda: loader.exec_module(module), source)
     except ImportError as error:
         raise ValueError(f"expected a module that can be imported, got {place}: {error} (rewards, {source})") from error
     return module

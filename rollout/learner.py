@@ -15,7 +15,6 @@ from foveate.rollout.config import require
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.policy import Sample, micro_batches, policy_logprobs
 
-
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 

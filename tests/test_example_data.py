@@ -39,7 +39,7 @@ def test_problems_become_lines(folder, capsys):
         assert not [item for item in read if isinstance(item, BadLine)]
         for _, request in read:
             assert request.metadata["facts"]
-            assert request.images[0].is_file()
+            assert Path(request.images[0]).is_file()
         assert (folder / path / "model" / "model.safetensors").is_file()
     assert read[0][1].metadata["answer"] == "80"
 

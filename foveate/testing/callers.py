@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foveate.rollout.config import SamplingParams
-from foveate.rollout.engine import Engine
 from foveate.rollout.types import Request, RolloutGroup
+
+if TYPE_CHECKING:
+    from foveate.rollout.engine import Engine
 
 SECONDS = 60  # far beyond what anything here takes
 

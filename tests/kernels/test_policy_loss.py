@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from foveate.kernels import policy_loss
-from foveate.kernels.policy_loss import group_advantage, linear_logprobs, reference
+from foveate.kernels.policy_loss import group_advantage, linear_logprobs
+from foveate.kernels.policy_loss.reference import logprobs as reference
 
 
 def offsets(*values):

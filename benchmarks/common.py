@@ -7,6 +7,7 @@ A benchmark lists its measurements and hands them to `main`, which writes one JS
     floor_us               the larger of bytes / bandwidth and operations / rate of this machine, measured in this run
     share_of_floor         floor_us / us; above 1 `faster_than_floor` is set: bytes were not counted, work was skipped,
                            or a cache served
+    peak_bytes             on a GPU, by name of the kernel and its peers: what a call allocates at most at a time
     peer_us, ratio         of each peer: its median, and how many times longer than the kernel it takes
     host_syncs             by name, what made the host wait for the device in a burst of BURST calls; on the CPU, what
                            would on a GPU
@@ -97,8 +98,21 @@ class Harness:
             check=partial(self._check_again, measurement, originals),
             refuse=partial(self._refuse, measurement),
         )
+        timed = {name.removeprefix(PEER): run for name, run in contenders.items() if name in timings}
+        peaks = self._peaks(timed, input_sets[0])
         beside = {name: timings[f"{PEER}{name}"] for name in peers if f"{PEER}{name}" in timings}
-        return [self._row(measurement, name, timings[name], beside, syncs[name]) for name in syncs if name in timings]
+        rows = (self._row(measurement, name, timings[name], beside, syncs[name]) for name in syncs if name in timings)
+        return [{**row, "peak_bytes": peaks} if peaks else row for row in rows]
+
+    def _peaks(self, runs: Mapping[str, Run], inputs: Inputs) -> dict[str, int]:
+        """Bytes beyond what is allocated before; nothing on the CPU, where torch does not count them."""
+        found: dict[str, int] = {}
+        for name, run in runs.items() if self.timer.device.type == "cuda" else ():
+            torch.cuda.reset_peak_memory_stats(self.timer.device)
+            before = torch.cuda.memory_allocated(self.timer.device)
+            run(*inputs)
+            found[name] = torch.cuda.max_memory_allocated(self.timer.device) - before
+        return found
 
     def _passing(
         self, measurement: Measurement, runs: Mapping[str, Run], checks: Sequence[Inputs], peer: bool = False

@@ -96,6 +96,12 @@ def group_segments(groups: int, samples: int, prompt: int, own: int) -> list[Seg
     return [(prompt, samples)] * groups + [(own, 1)] * (groups * samples)
 
 
+def linear_logprobs(tokens: int, dim: int, vocab: int, itemsize: int) -> Floor:
+    """Log-prob, log-sum-exp, entropy (float32) of targets (int64), and the gradients of hidden states and LM head."""
+    operands = (tokens * dim + vocab * dim) * itemsize
+    return Floor(operands + tokens * INDEX, operands + tokens * 3 * 4, 6 * tokens * dim * vocab)
+
+
 def linear_policy_loss(tokens: int, dim: int, vocab: int, itemsize: int) -> Floor:
     """Loss and gradients from hidden states, LM head and targets: the logits' product and the two of its backward.
 
@@ -103,6 +109,45 @@ def linear_policy_loss(tokens: int, dim: int, vocab: int, itemsize: int) -> Floo
     """
     operands = (tokens * dim + vocab * dim) * itemsize
     return Floor(operands + tokens * (INDEX + 1 + 4 + 4), operands, 6 * tokens * dim * vocab)
+
+
+def attention_scores(
+    lengths: Sequence[int], heads: int, kv_heads: int, head_dim: int, itemsize: int, rows: int = 1
+) -> Floor:
+    """Scores of all keys of spans of these lengths by `rows` query rows each: the keys are read, no value is.
+
+    The queries and their log-sum-exp (float32) are read once; a score is float32. 2 operations a (row, head, dimension,
+    key); the exponential is not counted.
+    """
+    keys, queries = sum(lengths) * kv_heads * head_dim * itemsize, len(lengths) * rows * heads
+    reads = keys + queries * (head_dim * itemsize + 4)
+    return Floor(reads, sum(lengths) * 4, 2 * heads * head_dim * rows * sum(lengths))
+
+
+def column_scores(lengths: Sequence[int], heads: int, head_dim: int, itemsize: int) -> Floor:
+    """Column sums of the attention of sequences of these lengths; the exponentials are not counted."""
+    tokens = sum(lengths)
+    reads = 2 * tokens * heads * head_dim * itemsize + heads * tokens * 4
+    return Floor(reads, tokens * 4, 2 * heads * head_dim * sum(n * n for n in lengths))
+
+
+def select_topk(lengths: Sequence[int], kept: int, itemsize: int) -> Floor:
+    """Scores, offsets and counts (int32) in; indices and offsets (int32) out."""
+    spans = len(lengths)
+    return Floor(sum(lengths) * itemsize + (2 * spans + 1) * 4, (kept + spans + 1) * 4, 0)
+
+
+def select_maxmin(lengths: Sequence[int], kept: int, dim: int, itemsize: int) -> Floor:
+    """Features in, indices out. The first choice needs the cosine of every pair: N (N - 1) / 2 of them, 2 D operations
+    each; the matrix may stay on the chip."""
+    flops = sum(n * (n - 1) * dim for n in lengths)
+    spans = len(lengths)
+    return Floor(sum(lengths) * dim * itemsize + (2 * spans + 1) * 4, (kept + spans + 1) * 4, flops)
+
+
+def copy_rows(rows: int, row_bytes: int, index_bytes: int) -> Floor:
+    """Rows read and written once, of all planes or layers together. index_bytes: what is read to find a row."""
+    return Floor(rows * (row_bytes + index_bytes), rows * row_bytes, 0)
 
 
 @dataclass(frozen=True)

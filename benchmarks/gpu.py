@@ -32,6 +32,8 @@ BENCHMARKS = {
     "layers": "rows=(8|8192),",
     "sampling": "V=62,|N=8,V=151936|N=256,V|from_hidden",
     "paged_attention": "",
+    "policy_loss": "N=12,|N=8192,D=2048,",
+    "vision_prune": "spans=(1|2|64),|images|T=(40|1360),",
 }
 SANITIZER = "compute-sanitizer"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-SCRIPTS = ("bench_layers", "bench_paged_attention", "bench_sampling")
+SCRIPTS = ("bench_layers", "bench_paged_attention", "bench_policy_loss", "bench_sampling", "bench_vision_prune")
 
 
 def contenders() -> Iterator:

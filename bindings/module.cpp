@@ -27,5 +27,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
     register_layers(m);
     register_pages(m);
+    register_policy_loss(m);
     register_sampling(m);
+    register_vision_prune(m);
 }

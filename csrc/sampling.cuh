@@ -1,9 +1,7 @@
 // The body of `sample`, for any Block: one row, in a few passes over its logits.
 //
-// Top-k and top-p look for a value, not for an order: a radix selection over the bits of the float, eleven at
-// a time from the top, which counts ids (top-k) or adds up their integer weights (top-p), so that no
-// summation order matters. Ids that equal the value found are kept from the lowest on, as many as there is
-// room for.
+// Top-k and top-p look for a value by radix selection, which counts ids (top-k) or adds up their integer
+// weights (top-p). Ids that equal the value found are kept from the lowest on, as many as there is room for.
 //
 // Gumbel-max: an id's noise is -log(-log u) <= -log(1 - u), so that an id whose bound does not reach the best
 // score so far needs no logarithm; a few dozen ids of a row do.
@@ -14,19 +12,10 @@
 #include "common/block.h"
 #include "common/math.h"
 #include "common/philox.h"
+#include "common/radix.h"
 #include "sampling.h"
 
 namespace foveate {
-
-// Larger floats have larger keys; -0 and +0 have the same.
-FOVEATE_FN std::uint32_t key_of(float value) {
-    const std::uint32_t bits = float_bits(value + 0.0f);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-FOVEATE_FN float value_of(std::uint32_t key) {
-    return bits_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
-}
 
 // The noise of a word of Philox, in fp32: finite for every word.
 FOVEATE_FN float gumbel(std::uint32_t word) {
@@ -41,10 +30,6 @@ FOVEATE_FN std::uint64_t integer_weight(float x) {
     return x < -28.0f ? 0 : static_cast<std::uint64_t>(exp_double(static_cast<double>(x)) * 0x1p40);
 }
 
-struct Larger {
-    FOVEATE_FN std::uint64_t operator()(std::uint64_t a, std::uint64_t b) const { return a > b ? a : b; }
-};
-
 // What a row keeps: keys above `key`, that key up to the id last_tie, and nothing below `floor`.
 struct Cut {
     std::uint32_t key = 0;
@@ -56,16 +41,11 @@ template <class T, int kLanes>
 struct SampleRow {
     static constexpr int lanes = kLanes;
     static constexpr int kResidentThreads = 512;
-    static constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
     static constexpr float kInfinity = std::numeric_limits<float>::infinity();
     static constexpr float kTiny = std::numeric_limits<float>::min(),
                            kNaN = std::numeric_limits<float>::quiet_NaN();
 
-    struct Scratch {
-        unsigned long long bins[kBins];
-        unsigned long long before, found;  // weight above the digit that was found; its own
-        std::int64_t place;                // the digit, or an id
-    };
+    using Scratch = RadixScratch;
 
     // A row's logits, temperature and bans.
     template <bool kBans>
@@ -192,30 +172,12 @@ struct SampleRow {
         }
     }
 
-    struct Selected {
-        bool reached;  // whether the ids above the limit weigh what is needed
-        std::uint64_t needed;
-        std::uint32_t key;     // of the id that reaches it
-        std::uint64_t before;  // weight above that key; of all ids above the limit if it is not reached
-        std::uint64_t at_key;  // weight of the ids with that key
-    };
-
     // The largest key such that the allowed ids with keys of at least it, but above `limit`, weigh what is
     // needed: wanted(weight of all that are above `limit`).
     template <class Block, bool kBans, class Wanted, class Weight>
     FOVEATE_FN Selected select(Block& block, const Row<kBans>& row, std::uint32_t limit, Wanted wanted,
                                Weight weight) const {
-        Scratch& memory = block.template scratch<Scratch>();
-        std::uint32_t prefix = 0;
-        std::uint64_t before = 0, needed = 0;
-        int shift = 32;
-        while (shift > 0) {
-            const int bits = shift > kDigitBits ? kDigitBits : shift, low = shift - bits, above = shift;
-            block.sync();
-            block.for_each(kBins, [&](std::int64_t bin) { memory.bins[bin] = 0; });
-            block.once([&] { memory.before = memory.found = 0, memory.place = 0; });
-            block.sync();
-            const std::uint32_t mask = above == 32 ? 0u : ~0u << (above & 31);
+        const auto tally = [&](std::uint32_t prefix, std::uint32_t mask, auto add) {
             block.chunks(row.vocab, [&](std::int64_t start, int count) {
                 float z[Block::chunk];
                 std::uint32_t keys[Block::chunk];
@@ -224,34 +186,11 @@ struct SampleRow {
                 if (!matching<Block::chunk>(row, limit, prefix, mask, first, count, z, keys, inside)) return;
                 for (int j = 0; j < count; ++j) {
                     const unsigned long long w = inside[j] ? weight(z[j]) : 0;
-                    if (w) block.add(memory.bins[(keys[j] >> low) & ((1u << bits) - 1)], w);
+                    if (w) add(keys[j], w);
                 }
             });
-            block.sync();
-            const std::int64_t digits = std::int64_t{1} << bits;
-            const auto from_the_top = [&](std::int64_t i) { return memory.bins[digits - 1 - i]; };
-            if (shift == 32) {
-                const auto nowhere = [](std::int64_t, std::uint64_t) {};
-                const std::uint64_t all =
-                    block.template exclusive_scan<std::uint64_t>(digits, from_the_top, nowhere);
-                needed = wanted(all);
-                if (all < needed) return {false, needed, 0, all, 0};
-            }
-            // The digit at which the weight reaches what is needed.
-            block.template exclusive_scan<std::uint64_t>(
-                digits, from_the_top, [&](std::int64_t i, std::uint64_t sum) {
-                    const std::int64_t digit = digits - 1 - i;
-                    if (before + sum >= needed || before + sum + memory.bins[digit] < needed) return;
-                    memory.place = digit;
-                    memory.before = before + sum;
-                    memory.found = memory.bins[digit];
-                });
-            block.sync();
-            prefix |= static_cast<std::uint32_t>(memory.place) << low;
-            before = memory.before;
-            shift = low;
-        }
-        return {true, needed, prefix, before, memory.found};
+        };
+        return radix_select(block, block.template scratch<Scratch>(), wanted, tally);
     }
 
     // Which ids of a chunk have a key above the limit that begins with the prefix; whether any.

@@ -7,12 +7,27 @@ COMPILER: str
 CUDA_VERSION: str | None  # of nvcc; None without CUDA
 CUDA_ARCHS: str  # chips the kernels were compiled for, "80 90a 100"
 RMS_NORM_GRADIENT_ROWS: int
+MAX_PLANES: int  # of one copy_rows
 
 # Tensors are torch's; a stream is the address of a cudaStream_t. Raise ValueError where a tensor does not fit.
 def rms_norm(x: Any, weight: Any, eps: float, out: Any, scale: Any, stream: int = 0) -> None: ...
 def rms_norm_backward(
     grad: Any, x: Any, weight: Any, scale: Any, grad_x: Any, grad_weight: Any, stream: int = 0
 ) -> None: ...
+def group_advantage(
+    rewards: Any,
+    group_offsets: Any,
+    kind: str,
+    weights: Any | None,
+    ddof: int,
+    eps: float,
+    scorable: Any | None,
+    lengths: Any | None,
+    workspace: Any,
+    out: Any,
+    stream: int = 0,
+) -> None: ...
+def group_advantage_workspace(kind: str, samples: int, groups: int) -> int: ...
 def sample(
     logits: Any,
     temperature: Any,
@@ -26,6 +41,26 @@ def sample(
     token_ids: Any | None,
     values: Any,
     stream: int = 0,
+) -> None: ...
+def select_topk(
+    scores: Any, offsets: Any, counts: Any, forced: Any | None, indices: Any, kept_offsets: Any, stream: int = 0
+) -> None: ...
+def select_maxmin(
+    features: Any,
+    offsets: Any,
+    counts: Any,
+    longest: int,
+    units: Any,
+    cosines: Any,
+    squares: Any,
+    closest: Any,
+    indices: Any,
+    kept_offsets: Any,
+    stream: int = 0,
+) -> None: ...
+def maxmin_unit_elements(total: int, spans: int, dim: int) -> int: ...
+def copy_rows(
+    sources: Sequence[Any], targets: Sequence[Any], source_rows: Any, target_rows: Any | None, stream: int = 0
 ) -> None: ...
 
 class OutOfPages(RuntimeError):

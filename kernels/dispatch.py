@@ -8,6 +8,7 @@ FOVEATE_BACKEND ("triton", or by family: "sampling=cuda,layers=triton"), then th
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 
@@ -22,8 +23,9 @@ ENVIRONMENT_VARIABLE = "FOVEATE_BACKEND"
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "layers": ("cuda", "triton", "cpp", "reference"),
     "paged_attention": ("reference",),
-    "policy_loss": ("reference",),
+    "policy_loss": ("cuda", "triton", "cpp", "reference"),
     "sampling": ("cuda", "triton", "cpp", "reference"),
+    "vision_prune": ("cuda", "triton", "cpp", "reference"),
 }
 FAMILIES = tuple(_IMPLEMENTED)
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -46,6 +48,27 @@ def choose(
     if missing is not None:
         raise ValueError(f"expected a backend of {family} for {device}, got {backend!r}: {missing} ({source})")
     return backend
+
+
+def choose_among(
+    backends: Sequence[str],
+    operation: str,
+    family: str,
+    requested: str | None = None,
+    device: torch.device = _CPU,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """`choose` for an operation that has only some `backends` of its family.
+
+    A backend asked for by argument that it lacks is a ValueError that names the operation. FOVEATE_BACKEND speaks of
+    the family: an operation that lacks what it names takes the best it has, as it does where nothing is asked for.
+    """
+    chosen = choose(family, requested, device, dtype)
+    if chosen in backends:
+        return chosen
+    if requested is not None and _requested(family, requested)[0] is not None:
+        raise ValueError(f"expected one of {tuple(backends)}, which {operation} has, got {chosen!r} (backend)")
+    return _best(family, device, dtype, backends)
 
 
 def available(family: str, device: torch.device = _CPU) -> tuple[str, ...]:
@@ -102,9 +125,11 @@ def _requested(family: str, requested: str | None) -> tuple[str | None, str]:
     return choices.get(family), source
 
 
-def _best(family: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
+def _best(
+    family: str, device: torch.device, dtype: torch.dtype = torch.float32, among: Sequence[str] = BACKENDS
+) -> str:
     """The interpreter is for proofs: on the CPU Triton only runs where it is asked for."""
-    order = [b for b in _IMPLEMENTED[family] if b != "triton" or device.type == "cuda"]
+    order = [b for b in _IMPLEMENTED[family] if b in among and (b != "triton" or device.type == "cuda")]
     return next(backend for backend in order if _missing(backend, device, dtype) is None)
 
 

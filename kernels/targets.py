@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 # The families that have a triton_kernel.py with a list TARGETS.
-FAMILIES = ("layers", "sampling")
+FAMILIES = ("layers", "policy_loss", "sampling", "vision_prune")
 
 
 @dataclass(frozen=True)

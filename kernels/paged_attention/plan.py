@@ -13,6 +13,9 @@ import torch
 class StepPlan:
     """One step over T query rows and V visits; a visit is one KV segment with the rows that attend to it.
 
+    A plan is for the layers that one page holds. Where pages hold a part of the layers there is a plan for each part;
+    those of layers that hold the same tokens differ in `slots` and `visit_pages` alone.
+
     Row r is the r-th new token of the step. Each row visits the segments on its path once, from the root
     (depth 0) to its own segment; its partial results are merged by log-sum-exp in depth order.
 
@@ -23,7 +26,7 @@ class StepPlan:
     visit_depth: int32 [V], the segment's place on the path of its rows; visits are sorted by it.
     visit_causal: bool [V]; where set, the visit's m rows are the segment's last m tokens, in order, and row i
     of them sees the first kv_len - m + i + 1 tokens. Elsewhere every row sees all kv_len tokens.
-    page_size: tokens a page.
+    page_size: tokens a page. like: another plan of this step that differs in pages alone and runs before this one.
     """
 
     slots: torch.Tensor
@@ -36,6 +39,7 @@ class StepPlan:
     visit_causal: np.ndarray
     page_size: int
     prepared: Any = field(default=None, repr=False)  # what a backend derives from the arrays, once a step
+    like: StepPlan | None = field(default=None, repr=False)
 
     @property
     def num_rows(self) -> int:

@@ -7,7 +7,7 @@ of scores stays in cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Batch:
     causal: bool
     first: bool  # depth 0: there is nothing to merge with
     real: torch.Tensor | None  # int64, which of the S * M rows are not padding; None if all are
+    places: tuple[np.ndarray, np.ndarray]  # int64 [S, L]: of each key its page in `visit_pages`, its slot in that page
     head_rows: torch.Tensor | None = None  # int64 [S * kv_heads * L], `slots` of a pool seen as rows of one head
 
     @property
@@ -142,6 +143,9 @@ def _mask(scores, batch: Batch, start: int, num_rows: int) -> None:
 
 def prepare(plan: StepPlan, device: torch.device) -> list[Batch]:
     """Groups the visits of a plan into padded batches, in depth order."""
+    if plan.like is not None and plan.like.prepared is not None:
+        made = plan.like.prepared
+        return [replace(b, slots=_slots(plan, b.places, b.kv_len is None, device), head_rows=None) for b in made]
     num_rows = np.diff(plan.visit_row_offsets)
     buckets: dict[tuple, list[int]] = {}
     for visit in range(plan.num_visits):
@@ -175,29 +179,32 @@ def _batch(plan: StepPlan, visits: list[int], causal: bool, first: bool, device:
     real = None
     if not even_rows:
         real = torch.from_numpy((np.arange(rows.shape[1]) < counts[:, None]).ravel().nonzero()[0]).to(device)
+    places = _places(plan, visits, kv_len)
     return Batch(
         rows=torch.from_numpy(rows).to(device),
         all_rows=np.array_equal(rows.ravel(), np.arange(plan.num_rows)),
-        slots=_slots(plan, visits, kv_len, device),
+        slots=_slots(plan, places, even_keys, device),
         kv_len=None if even_keys else torch.from_numpy(kv_len[:, None]).to(device),
         causal=causal,
         first=first,
         real=real,
+        places=places,
     )
 
 
-def _slots(plan: StepPlan, visits: list[int], kv_len: np.ndarray, device: torch.device) -> torch.Tensor | slice:
-    size = plan.page_size
-    if len(visits) == 1:
-        pages = plan.pages_of(visits[0])
-        if (np.diff(pages) == 1).all():
-            start = int(pages[0]) * size
-            return slice(start, start + int(kv_len[0]))
-    slots = np.empty((len(visits), kv_len.max()), np.int64)
-    for i, visit in enumerate(visits):
-        # Tokens past the end repeat the last one: masked, but never unwritten memory.
-        token = np.minimum(np.arange(slots.shape[1]), kv_len[i] - 1)
-        slots[i] = plan.pages_of(visit)[token // size].astype(np.int64) * size + token % size
+def _places(plan: StepPlan, visits: list[int], kv_len: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """See `Batch.places`. Tokens past the end repeat the last one: masked, but never unwritten memory."""
+    tokens = np.minimum(np.arange(kv_len.max()), kv_len[:, None] - 1)
+    return plan.visit_page_offsets[visits].astype(np.int64)[:, None] + tokens // plan.page_size, tokens % plan.page_size
+
+
+def _slots(plan: StepPlan, places: tuple[np.ndarray, np.ndarray], even: bool, device) -> torch.Tensor | slice:
+    """even: no key is padding."""
+    pages, offsets = places
+    slots = plan.visit_pages[pages].astype(np.int64) * plan.page_size + offsets
+    first, last = int(slots[0, 0]), int(slots[0, -1])
+    if len(slots) == 1 and even and last - first == slots.shape[1] - 1 and (np.diff(slots[0]) == 1).all():
+        return slice(first, last + 1)
     return torch.from_numpy(slots).to(device)
 
 

@@ -4,7 +4,32 @@ Nothing writes a `[tokens, vocabulary]` tensor: logits live for a tile or a chun
 the backward pass.
 """
 
-from foveate.kernels.policy_loss.advantage import group_advantage
+from foveate.kernels.policy_loss.advantage import ADVANTAGE_KINDS, group_advantage
 from foveate.kernels.policy_loss.logprobs import IGNORE, LinearLogprobs, linear_logprobs
+from foveate.kernels.policy_loss.loss import (
+    PolicyLoss,
+    add_metrics,
+    kl_in_reward,
+    linear_policy_loss,
+    logprob_policy_loss,
+    loss_denominator,
+    mean_metrics,
+)
+from foveate.kernels.policy_loss.options import KINDS, PolicyLossOptions
 
-__all__ = ["IGNORE", "LinearLogprobs", "group_advantage", "linear_logprobs"]
+__all__ = [
+    "ADVANTAGE_KINDS",
+    "IGNORE",
+    "KINDS",
+    "LinearLogprobs",
+    "PolicyLoss",
+    "PolicyLossOptions",
+    "add_metrics",
+    "group_advantage",
+    "kl_in_reward",
+    "linear_logprobs",
+    "linear_policy_loss",
+    "logprob_policy_loss",
+    "loss_denominator",
+    "mean_metrics",
+]

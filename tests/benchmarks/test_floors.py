@@ -74,6 +74,11 @@ def test_sharing_changes_bytes_and_no_operation():
     assert copies.reads - tree.reads == 2 * (6 - 2) * 10
 
 
+def test_linear_logprobs():
+    # As below, without mask, advantage and old log-prob; three numbers a token are written.
+    assert floors.linear_logprobs(2, 3, 10, itemsize=2) == Floor(72 + 2 * 8, 72 + 2 * 12, 3 * 120)
+
+
 def test_linear_policy_loss():
     # hidden bfloat16 [2, 3]: 12 bytes, lm_head [10, 3]: 60, and their gradients; a token's target, mask, advantage and
     # old log-prob: 8 + 1 + 4 + 4; three products of 2 * 2 * 3 * 10 operations
@@ -128,3 +133,36 @@ def test_decode_step_of_256_rows(model, shared_ms, alone_ms, overlapped_ms):
     assert milliseconds(shared.serial_seconds(BANDWIDTH, RATE)) == shared_ms
     assert milliseconds(alone.serial_seconds(BANDWIDTH, RATE)) == alone_ms
     assert milliseconds(shared.overlapped_seconds(BANDWIDTH, RATE)) == overlapped_ms
+
+
+def test_attention_scores():
+    # Keys bfloat16 [7, 2, 4]: 112 bytes; 2 spans of 3 rows of 6 heads: 36 queries of 8 bytes and 4; 7 scores.
+    floor = floors.attention_scores([5, 2], heads=6, kv_heads=2, head_dim=4, itemsize=2, rows=3)
+    assert floor == Floor(reads=112 + 36 * 12, writes=28, flops=2 * 6 * 4 * 3 * 7)
+
+
+def test_attention_scores_of_an_image_of_the_7b_model():
+    """1,296 tokens, 4 key heads of 128: 1.34 MB, 9.3 MFLOP."""
+    floor = floors.attention_scores([1296], heads=28, kv_heads=4, head_dim=128, itemsize=2)
+    assert round(floor.bytes / 1e6, 2) == 1.34
+    assert round(floor.flops / 1e6, 1) == 9.3
+
+
+def test_column_scores():
+    # q and k float32 [7, 2, 4]: 224 bytes each; log-sum-exp [2, 7]: 56; a score a token; 25 + 4 pairs of 2 heads
+    floor = floors.column_scores([5, 2], heads=2, head_dim=4, itemsize=4)
+    assert floor == Floor(reads=448 + 56, writes=28, flops=2 * 2 * 4 * 29)
+    tower = floors.column_scores([5184], heads=16, head_dim=80, itemsize=2)
+    assert round(tower.bytes / 1e6) == 27
+    assert round(tower.flops / 1e9) == 69
+
+
+def test_selections():
+    # 9 scores, 3 offsets and 2 counts in; 4 indices and 3 offsets out
+    assert floors.select_topk([5, 4], kept=4, itemsize=4) == Floor(reads=36 + 20, writes=28, flops=0)
+    # features bfloat16 [9, 3]: 54 bytes; 10 + 6 pairs of 3 products
+    assert floors.select_maxmin([5, 4], kept=4, dim=3, itemsize=2) == Floor(reads=54 + 20, writes=28, flops=2 * 16 * 3)
+
+
+def test_copy_rows():
+    assert floors.copy_rows(3, row_bytes=100, index_bytes=4) == Floor(reads=312, writes=300, flops=0)

@@ -21,8 +21,20 @@ LAST_FLOORS = {
     "bench_layers": {"rms_norm": 0.435, "rms_norm_with_backward": 1.101},
     # Keys and values of 100 shared tokens and 2 * 32 own: 2 heads of 64, float32; queries and results [2, 14, 64].
     "bench_paged_attention": {"decode": round((164 * 2 * 2 * 64 * 4 + 2 * 2 * 14 * 64 * 4) / 1e4, 3)},
+    # hidden [12, 16], lm_head [70, 16] and their gradients, float32; six operations a (token, dimension, id) take less
+    # than the bytes: a token's target and three results, or target, mask, advantage and old log-prob.
+    "bench_policy_loss": {
+        "linear_logprobs": round((2 * (12 + 70) * 16 * 4 + 12 * 20) / 1e4, 3),
+        "linear_policy_loss": round((2 * (12 + 70) * 16 * 4 + 12 * 17) / 1e4, 3),
+    },
     # Logits [4, 62] float32, 36 bytes of state and results a row; the second reads LM head [62, 32], hidden [4, 32].
     "bench_sampling": {"sample": 0.114, "sample_from_hidden": 0.859},
+    # Keys [80, 4, 128] float32, 56 queries of 128 and a float32, 80 scores; 9 rows of five planes [64] bfloat16, three
+    # positions, a slot and a row number, written but for the last.
+    "bench_vision_prune": {
+        "attention_scores": round((80 * 4 * 128 * 4 + 56 * 129 * 4 + 80 * 4) / 1e4, 3),
+        "compact": round(9 * (2 * (5 * 64 * 2 + 12 + 8) + 4) / 1e4, 3),
+    },
 }
 
 

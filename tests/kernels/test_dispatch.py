@@ -7,7 +7,7 @@ import torch
 
 from foveate import _C
 from foveate.kernels import dispatch
-from foveate.kernels.dispatch import available, choose, explain
+from foveate.kernels.dispatch import available, choose, choose_among, explain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -35,7 +35,7 @@ def test_best_backend_of_each_device(monkeypatch, with_cuda):
 def test_available(monkeypatch, with_cuda):
     assert available("layers", CPU) == ("cpp", "reference")
     assert available("layers", CUDA) == ("cuda", "triton", "reference")
-    assert available("policy_loss", CUDA) == ("reference",)
+    assert available("paged_attention", CUDA) == ("reference",)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "triton" in available("layers", CPU)
     assert choose("layers") == "cpp"  # the interpreter only where it is asked for
@@ -48,7 +48,7 @@ def test_available(monkeypatch, with_cuda):
         ("layers", "cuda", CPU, "it runs on CUDA tensors"),
         ("layers", "cpp", CUDA, "it runs on CPU tensors"),
         ("layers", "triton", CPU, "it runs on CUDA tensors"),
-        ("policy_loss", "triton", CUDA, "policy_loss has only reference"),
+        ("paged_attention", "triton", CUDA, "paged_attention has only reference"),
         ("layers", "numpy", CPU, "the backends are reference, cpp, triton, cuda"),
     ],
 )
@@ -77,16 +77,36 @@ def test_environment_and_its_rank(monkeypatch):
 
 def test_backends_by_family(monkeypatch):
     monkeypatch.setenv("FOVEATE_BACKEND", "layers=reference, sampling=reference")
-    assert choose("layers") == choose("sampling") == choose("policy_loss") == "reference"
+    assert choose("layers") == choose("sampling") == choose("paged_attention") == "reference"
     assert choose("layers", "sampling=reference") == "cpp"  # nothing asked for layers
     for wrong in ("layer=cpp", "layers=", "layers=cpp,triton"):
         with pytest.raises(ValueError, match=r"expected family=backend.*\(backend\)"):
             choose("layers", wrong)
 
 
+def test_an_operation_with_some_of_its_family(monkeypatch, with_cuda):
+    """The environment speaks of the family, an argument of the operation."""
+    assert choose_among(("triton", "reference"), "op", "layers") == "reference"  # not the interpreter
+    assert choose_among(("triton", "reference"), "op", "layers", device=CUDA) == "triton"
+    assert choose_among(("cpp", "reference"), "op", "layers", device=CUDA) == "reference"
+    assert choose_among(("cuda", "cpp"), "op", "layers", "sampling=reference") == "cpp"
+    with pytest.raises(
+        ValueError, match=r"expected one of \('triton', 'reference'\), which op has, got 'cpp' \(backend\)"
+    ):
+        choose_among(("triton", "reference"), "op", "layers", "cpp")
+    with pytest.raises(ValueError, match=r"which op has, got 'cpp' \(backend\)"):
+        choose_among(("reference",), "op", "layers", "layers=cpp,sampling=reference")
+    with pytest.raises(ValueError, match="it runs on CPU tensors"):
+        choose_among(("cpp",), "op", "layers", "cpp", CUDA)
+    monkeypatch.setenv("FOVEATE_BACKEND", "layers=cpp")
+    assert choose_among(("reference",), "op", "layers") == "reference"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_among(("triton", "reference"), "op", "layers") == "reference"
+
+
 def test_explanations_name_what_is_missing(monkeypatch, with_cuda):
     assert explain("layers", CPU) == "cpp, the best for cpu"
-    assert explain("policy_loss", CPU) == "reference (cpp: policy_loss has only reference)"
+    assert explain("paged_attention", CPU) == "reference (cpp: paged_attention has only reference)"
     monkeypatch.setattr(_C, "CUDA_VERSION", None)
     assert explain("layers", CUDA) == "triton (cuda: foveate._C was built without CUDA)"
     monkeypatch.setenv("FOVEATE_BACKEND", "reference")

@@ -1,6 +1,5 @@
 """The policy-loss family in plain torch: the definition of correct, and the CPU backend."""
 
 from foveate.kernels.policy_loss.reference.advantage import group_advantage
-from foveate.kernels.policy_loss.reference.logprobs import linear_logprobs
 
-__all__ = ["group_advantage", "linear_logprobs"]
+__all__ = ["group_advantage"]

@@ -1,18 +1,24 @@
-"""Log-probabilities of given tokens from the last hidden state, a chunk of tokens at a time."""
+"""Log-probabilities of given tokens from the last hidden state, a chunk of tokens at a time.
+
+`forward` and `backward` take what `foveate.kernels.policy_loss.linear_logprobs` has checked, with a temperature for
+each row (float [N], in the dtype that is computed in) and `allowed` as it was given.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+
+from foveate.kernels.policy_loss.arguments import IGNORE
 
 # Logits held at a time, in elements: 64 MiB in float32.
 CHUNK_ELEMENTS = 1 << 24
+LOWEST = -1e4  # of a centred logit: e^LOWEST is 0, and 0 times it is no NaN
+
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
-def linear_logprobs(
+def forward(
     hidden: torch.Tensor,
     lm_head: torch.Tensor,
     bias: torch.Tensor | None,
@@ -20,61 +26,79 @@ def linear_logprobs(
     temperatures: torch.Tensor,
     softcap: float | None,
     allowed: torch.Tensor | None,
-    ignore: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See `foveate.kernels.policy_loss.linear_logprobs`; arguments are checked there."""
-    return _LinearLogprobs.apply(hidden, lm_head, bias, targets, temperatures, softcap, allowed, ignore)
+    """Log-prob of the target, log-sum-exp, entropy; each [N] in the dtype of `temperatures`. No autograd."""
+    dtype = temperatures.dtype
+    logprobs, logsumexp, entropy = (torch.zeros_like(temperatures) for _ in range(3))
+    head, offset = lm_head.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in _chunks(hidden.shape[0], lm_head.shape[0]):
+            z, _ = _scaled(hidden[rows].to(dtype), head, offset, temperatures[rows], softcap, _part(allowed, rows))
+            # All three from z - max z: a rounding of the log-sum-exp would be common to a whole row.
+            peak = z.amax(-1, keepdim=True)
+            z.sub_(peak)
+            picked = z.gather(1, targets[rows].clamp(min=0)[:, None])[:, 0]
+            mass = z.exp()
+            total = mass.sum(-1)
+            log_total = total.log()
+            logprobs[rows] = picked - log_total
+            logsumexp[rows] = peak[:, 0] + log_total
+            if allowed is not None or bias is not None:  # else nothing is -inf
+                z.clamp_(min=LOWEST)
+            entropy[rows] = log_total - mass.mul_(z).sum(-1) / total
+    ignored = targets == IGNORE
+    for result in (logprobs, logsumexp, entropy):
+        result.masked_fill_(ignored, 0.0)
+    return logprobs, logsumexp, entropy
 
 
-class _LinearLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden, lm_head, bias, targets, temperatures, softcap, allowed, ignore):
-        dtype = temperatures.dtype
-        logprobs, logsumexp, entropy = (torch.zeros_like(temperatures) for _ in range(3))
-        head, offset = lm_head.to(dtype), None if bias is None else bias.to(dtype)
-        kept = targets != ignore
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(hidden.shape[0], lm_head.shape[0]):
-                z, _ = _scaled(hidden[rows].to(dtype), head, offset, temperatures[rows], softcap, _part(allowed, rows))
-                logsumexp[rows] = z.logsumexp(-1)
-                # Not z - logsumexp: its rounding would be common to a whole row and add up in the entropy.
-                log_p = z.log_softmax(-1)
-                logprobs[rows] = log_p.gather(1, targets[rows].clamp(min=0)[:, None])[:, 0]
-                entropy[rows] = -(log_p.exp() * _finite(log_p)).sum(-1)
-        results = [x.masked_fill_(~kept, 0.0) for x in (logprobs, logsumexp, entropy)]
-        ctx.save_for_backward(hidden, lm_head, bias, targets, temperatures, allowed, entropy)
-        ctx.softcap, ctx.ignore = softcap, ignore
-        return tuple(results)
+def backward(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperatures: torch.Tensor,
+    softcap: float | None,
+    allowed: torch.Tensor | None,
+    logsumexp: torch.Tensor,
+    entropy: torch.Tensor,
+    g_logprob: torch.Tensor,
+    g_logsumexp: torch.Tensor,
+    g_entropy: torch.Tensor,
+    need_hidden: bool,
+    need_head: bool,
+    need_bias: bool,
+) -> Gradients:
+    """Gradients of hidden, lm_head and bias, in their dtypes; None where not needed.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor):
-        hidden, lm_head, bias, targets, temperatures, allowed, entropy = ctx.saved_tensors
-        dtype = temperatures.dtype
-        head, offset = lm_head.to(dtype), None if bias is None else bias.to(dtype)
-        kept = targets != ctx.ignore
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        d_bias = None if bias is None or not ctx.needs_input_grad[2] else torch.zeros_like(head[:, 0])
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(hidden.shape[0], lm_head.shape[0]):
-                x = hidden[rows].to(dtype)
-                part = _part(allowed, rows)
-                z, slope = _scaled(x, head, offset, temperatures[rows], ctx.softcap, part)
-                d_z = _grad_z(z.log_softmax(-1), targets[rows], entropy[rows], kept[rows], *(g[rows] for g in grads))
-                if part is not None:
-                    d_z.masked_fill_(~part, 0.0)  # a target outside the allowed ids
-                d_logits = d_z.div_(temperatures[rows, None])
-                d_logits = d_logits if slope is None else d_logits.mul_(slope)
-                if d_hidden is not None:
-                    d_hidden[rows] = (d_logits @ head).to(hidden.dtype)
-                if d_head is not None:
-                    d_head.addmm_(d_logits.T, x)
-                if d_bias is not None:
-                    d_bias += d_logits.sum(0)
-        d_head = None if d_head is None else d_head.to(lm_head.dtype)
-        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
-        return d_hidden, d_head, d_bias, None, None, None, None, None
+    logsumexp, entropy: of `forward`. g_*: gradients with respect to its results, [N].
+    """
+    dtype = temperatures.dtype
+    head, offset = lm_head.to(dtype), None if bias is None else bias.to(dtype)
+    kept = targets != IGNORE
+    d_hidden = torch.empty_like(hidden) if need_hidden else None
+    d_head = torch.zeros_like(head) if need_head else None
+    d_bias = torch.zeros_like(head[:, 0]) if need_bias else None
+    grads = (g_logprob, g_logsumexp, g_entropy)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in _chunks(hidden.shape[0], lm_head.shape[0]):
+            x = hidden[rows].to(dtype)
+            part = _part(allowed, rows)
+            z, slope = _scaled(x, head, offset, temperatures[rows], softcap, part)
+            d_z = _grad_z(z.log_softmax(-1), targets[rows], entropy[rows], kept[rows], *(g[rows] for g in grads))
+            if part is not None:
+                d_z.masked_fill_(~part, 0.0)  # a target outside the allowed ids
+            d_logits = d_z.div_(temperatures[rows, None])
+            d_logits = d_logits if slope is None else d_logits.mul_(slope)
+            if d_hidden is not None:
+                d_hidden[rows] = (d_logits @ head).to(hidden.dtype)
+            if d_head is not None:
+                d_head.addmm_(d_logits.T, x)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+    d_head = None if d_head is None else d_head.to(lm_head.dtype)
+    d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
+    return d_hidden, d_head, d_bias
 
 
 def _grad_z(log_p, targets, entropy, kept, g_logprob, g_logsumexp, g_entropy) -> torch.Tensor:

@@ -1,0 +1,18 @@
+#include "common/run.cuh"
+#include "vision_prune.cuh"
+
+namespace foveate {
+
+void select_topk(const TopkArguments& arguments, OnDevice device) {
+    select_topk(arguments, DeviceRun{"select_topk", device.stream});
+}
+
+void select_maxmin(const MaxminArguments& arguments, OnDevice device) {
+    select_maxmin(arguments, DeviceRun{"select_maxmin", device.stream});
+}
+
+void copy_rows(const CopyArguments& arguments, OnDevice device) {
+    copy_rows(arguments, DeviceRun{"copy_rows", device.stream});
+}
+
+}  // namespace foveate

@@ -1,0 +1,291 @@
+"""The last hidden states and rewards of a batch to a policy loss, its gradient and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from foveate.kernels.dispatch import choose_among, require
+from foveate.kernels.policy_loss.advantage import group_advantage
+from foveate.kernels.policy_loss.arguments import kind_of
+from foveate.kernels.policy_loss.logprobs import IGNORE, linear_logprobs
+from foveate.kernels.policy_loss.options import Formula, PolicyLossOptions
+from foveate.kernels.policy_loss.reference import loss as reference
+
+BACKENDS = ("triton", "reference")
+DEFAULTS = PolicyLossOptions()
+METRICS = reference.METRICS
+# Reported where there is a reference, and where there are the engine's log-probs.
+_WITH_REFERENCE = ("kl",)
+_WITH_ROLLOUT = ("correction", "mismatch_k1", "mismatch_k3", "mismatch_abs", "mismatch_abs_max", "weight",
+                 "weight_squared")  # fmt: skip
+
+
+class PolicyLoss(NamedTuple):
+    """loss: scalar, differentiable once; float32 (float64 if `hidden` is). metrics: see `mean_metrics`. logprobs: [N],
+    those of the targets, without gradient: the old policy's of later updates.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    logprobs: torch.Tensor
+
+
+def linear_policy_loss(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    advantages: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    sequence_ids: torch.Tensor,
+    denominator: float | torch.Tensor,
+    old_logprobs: torch.Tensor | None = None,
+    rollout_logprobs: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    kind: str = "grpo",
+    options: PolicyLossOptions = DEFAULTS,
+    temperature: float | torch.Tensor = 1.0,
+    bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    allowed: torch.Tensor | None = None,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """Policy loss of drawn tokens straight from the last hidden states, with the metrics of the same pass.
+
+        loss = sum_i w_i (factor_i policy_i + kl_coef kl_i - entropy_coef entropy_i) / denominator
+
+    over the active tokens i: those whose target is not -100 and whose mask, if given, is True. policy_i is the loss of
+    `kind` (formulas: `foveate.kernels.policy_loss.reference.loss`, table: docs/policy_losses.md) from the token's
+    log-prob, see `linear_logprobs`, and the advantage of its sequence; factor_i corrects for the mismatch of the
+    engine; the rest are named in `PolicyLossOptions`. w_i is 1, or for aggregation "sequence" 1 / (active tokens of its
+    sequence). KL in the reward is `kl_in_reward`, not part of this loss.
+
+    Micro-batches of one denominator, that of the whole batch (`loss_denominator`), add up to the batch's loss and
+    gradient. Dropped tokens and sequences stay in it. A sequence lies in one micro-batch, whole, as one run of tokens:
+    sequence-level ratios, corrections and means need all of it.
+
+    hidden: float [N, D]. lm_head: float [V, D]. targets: int64 [N]. advantages: float [S], or (rewards float [S] or
+    [S, R], group_offsets int32 [G + 1]), for which `group_advantage` is called with the kind's own normalisation: both
+    of the whole batch. sequence_ids: int32 [N] in [0, S). denominator: > 0, a number or a scalar tensor.
+    old_logprobs: float [N], None for the current ones (on policy, ratio 1). rollout_logprobs: float [N], those under
+    which the engine drew the tokens (`rollout.behaviour_logprobs`). ref_logprobs: float [N]. mask: bool [N].
+    temperature, bias, softcap, allowed: see `linear_logprobs`. No `[N, V]` tensor exists; nothing waits for the GPU
+    beyond the checks of `linear_logprobs` and `group_advantage`. Raises ValueError on shapes, dtypes, and options
+    without meaning together; on the CPU on sequence ids too, which on a GPU give NaN. A NaN advantage gives a NaN loss.
+    """
+    out = linear_logprobs(
+        hidden, lm_head, targets, temperature=temperature, bias=bias, softcap=softcap, allowed=allowed, backend=backend
+    )
+    kept = targets != IGNORE
+    if mask is not None:
+        require(
+            mask.dtype == torch.bool and mask.shape == kept.shape, f"bool {list(kept.shape)}", kind_of(mask), "mask"
+        )
+        kept &= mask
+    return logprob_policy_loss(
+        out.logprobs,
+        out.entropy,
+        advantages=advantages,
+        sequence_ids=sequence_ids,
+        denominator=denominator,
+        old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        ref_logprobs=ref_logprobs,
+        mask=kept,
+        kind=kind,
+        options=options,
+        backend=backend,
+    )
+
+
+def logprob_policy_loss(
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    *,
+    advantages: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+    sequence_ids: torch.Tensor,
+    denominator: float | torch.Tensor,
+    old_logprobs: torch.Tensor | None = None,
+    rollout_logprobs: torch.Tensor | None = None,
+    ref_logprobs: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    kind: str = "grpo",
+    options: PolicyLossOptions = DEFAULTS,
+    backend: str | None = None,
+) -> PolicyLoss:
+    """`linear_policy_loss` from log-probs and entropies, both float32 or float64 [N], that came from elsewhere.
+
+    The gradient with respect to both is computed with the loss; the backward pass multiplies it.
+    """
+    formula = options.resolve(kind)
+    _check_sources(options, old_logprobs, rollout_logprobs, ref_logprobs)
+    if isinstance(advantages, tuple):
+        rewards, group_offsets = advantages
+        advantages = group_advantage(rewards, group_offsets, kind=formula.advantage)
+    _check_vectors(logprobs, entropy, old_logprobs, rollout_logprobs, ref_logprobs, mask)
+    _check_sequences(sequence_ids, advantages, logprobs)
+    active = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
+    given = (old_logprobs, rollout_logprobs, ref_logprobs)
+    old, rollout, ref = (None if x is None else x.detach().to(logprobs) for x in given)
+    per_sequence = advantages.detach().to(logprobs)
+    tokens = reference.Tokens(
+        logprobs.detach(), entropy.detach(), old, rollout, ref, sequence_ids, active, per_sequence
+    )
+    total = _scalar(denominator, logprobs)
+    chosen = choose_among(BACKENDS, "the policy loss", "policy_loss", backend, logprobs.device, logprobs.dtype)
+    evaluate = _in_triton if chosen == "triton" else _in_torch
+    loss, d_logprobs, d_entropy, sums = evaluate(tokens, formula, total)
+    absent = {*(_WITH_REFERENCE if ref is None else ()), *(_WITH_ROLLOUT if rollout is None else ())}
+    metrics = {name: x for name, x in zip(METRICS, sums.unbind(), strict=True) if name not in absent}
+    attached = _WithGradient.apply(logprobs, entropy, loss, d_logprobs, d_entropy)
+    return PolicyLoss(attached, metrics, logprobs.detach())
+
+
+def loss_denominator(lengths: torch.Tensor, aggregation: str, constant: int | None = None) -> torch.Tensor:
+    """What the loss of a batch is divided by, float64 scalar, from the active tokens of its sequences, int64 [S].
+
+    token: sum(lengths), every token alike. sequence: S, every sequence alike. constant: S constant, as Dr. GRPO (arXiv
+    2503.20783) with the generation cap as constant.
+    """
+    require(aggregation in ("token", "sequence", "constant"), "token, sequence or constant", aggregation, "aggregation")
+    if aggregation == "token":
+        return lengths.double().sum()
+    if aggregation == "constant":
+        require(constant is not None and constant > 0, "an int > 0", constant, "constant")
+    scale = constant if aggregation == "constant" and constant is not None else 1
+    return torch.full((), float(lengths.numel() * scale), dtype=torch.float64, device=lengths.device)
+
+
+def kl_in_reward(rewards: torch.Tensor, kl: torch.Tensor, sequence_ids: torch.Tensor, kl_coef: float) -> torch.Tensor:
+    """r_s - kl_coef sum of kl over the tokens of sequence s, float [S]: KL in the reward, before advantages.
+
+    rewards: float [S]. kl: float [N], k1 = rollout or old - ref log-probs as a rule. sequence_ids: int [N] in [0, S).
+    Source: RLOO (arXiv 2402.14740).
+    """
+    total = torch.zeros_like(rewards, dtype=torch.float64).index_add_(0, sequence_ids.long(), kl.detach().double())
+    return (rewards.double() - kl_coef * total).to(rewards.dtype)
+
+
+def add_metrics(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The metrics of micro-batches as those of one batch: sums, and the largest of each "_max"."""
+    stacks = {name: torch.stack([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+    return {name: x.amax(0) if name.endswith("_max") else x.sum(0) for name, x in stacks.items()}
+
+
+def mean_metrics(sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Means over the tokens of a batch, float64 scalars; NaN for a batch without tokens.
+
+    clip_low, clip_high, clip_dual: shares of tokens where that bound binds. dropped: share whose policy term a
+    correction or rejection removes. ratio, ratio_max: of current over old policy, by token or sequence as the kind has
+    it. entropy: nats. With a reference, kl: the penalty as it enters. With the engine's log-probs: correction, the mean
+    factor; mismatch_k1, mismatch_k3: estimates of KL(rollout || old); mismatch_abs, mismatch_abs_max: |old - rollout|;
+    ess: (sum w)^2 / (tokens sum w^2) of w = e^(old - rollout), in (0, 1]. tokens stays a count.
+    """
+    means = {n: x if n == "tokens" or n.endswith("_max") else x / sums["tokens"] for n, x in sums.items()}
+    if "weight" in means:
+        means["ess"] = means.pop("weight").square() / means.pop("weight_squared")
+    return means
+
+
+# Loss, its gradients by logprobs and by entropy (None: 0), and the sums of METRICS.
+_Evaluated = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]
+
+
+class _WithGradient(torch.autograd.Function):
+    """A loss whose gradient is already known."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs, entropy, loss, d_logprobs, d_entropy):
+        ctx.save_for_backward(d_logprobs, d_entropy)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor):
+        d_logprobs, d_entropy = ctx.saved_tensors
+        return grad * d_logprobs, None if d_entropy is None else grad * d_entropy, None, None, None
+
+
+def _in_torch(tokens: reference.Tokens, formula: Formula, denominator: torch.Tensor) -> _Evaluated:
+    """By autograd over vectors of [N]."""
+    tokens = tokens._replace(sequence_ids=tokens.sequence_ids.long())
+    with torch.enable_grad():
+        leaves = tokens.logprobs.requires_grad_(), tokens.entropy.requires_grad_()
+        loss, terms = reference.policy_loss(tokens, formula, denominator)
+        d_logprobs, d_entropy = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    sums = reference.metric_sums(terms, tokens.active)
+    return loss.detach(), d_logprobs, d_entropy if formula.entropy_coef else None, sums
+
+
+def _in_triton(tokens: reference.Tokens, formula: Formula, denominator: torch.Tensor) -> _Evaluated:
+    from foveate.kernels.policy_loss import triton_loss
+
+    optional = (tokens.old, tokens.rollout, tokens.ref)
+    old, rollout, ref = (None if x is None else x.contiguous() for x in optional)
+    dense = reference.Tokens(
+        tokens.logprobs.contiguous(),
+        tokens.entropy.contiguous(),
+        old,
+        rollout,
+        ref,
+        tokens.sequence_ids.contiguous(),
+        tokens.active.contiguous(),
+        tokens.advantages.contiguous(),
+    )
+    return triton_loss.policy_loss(dense, formula, denominator)
+
+
+def _scalar(denominator: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    if isinstance(denominator, torch.Tensor):
+        require(denominator.numel() == 1, "a scalar", kind_of(denominator), "denominator")
+        return denominator.detach().reshape(()).to(like.device, torch.float64)
+    require(denominator > 0, "a number > 0", denominator, "denominator")
+    return torch.full((), float(denominator), dtype=torch.float64, device=like.device)
+
+
+def _check_sources(options: PolicyLossOptions, old, rollout, ref) -> None:
+    needed = {
+        "rollout_logprobs": [
+            n for n in ("correction", "rejection", "off_policy_limit") if getattr(options, n) is not None
+        ],
+        "ref_logprobs": ["kl_coef"] if options.kl_coef else [],
+    }
+    for (argument, names), given in zip(needed.items(), (rollout, ref), strict=True):
+        require(not names or given is not None, f"float [N] for {', '.join(names)}", given, argument)
+    twice = options.correction is not None and old is not None and old is rollout
+    require(
+        not twice, "None: the ratio to the engine's own log-probs needs no correction", options.correction, "correction"
+    )
+
+
+def _check_vectors(logprobs, entropy, old, rollout, ref, mask) -> None:
+    good = logprobs.dim() == 1 and logprobs.dtype in (torch.float32, torch.float64)
+    require(good, "float32 or float64 [N]", kind_of(logprobs), "logprobs")
+    require(entropy.dtype == logprobs.dtype, str(logprobs.dtype), kind_of(entropy), "entropy")
+    names = ("entropy", "old_logprobs", "rollout_logprobs", "ref_logprobs")
+    for name, x in zip(names, (entropy, old, rollout, ref), strict=True):
+        good = x is None or (x.is_floating_point() and x.shape == logprobs.shape)
+        require(good, f"float {list(logprobs.shape)}", x if x is None else kind_of(x), name)
+    if mask is not None:
+        good = mask.dtype == torch.bool and mask.shape == logprobs.shape
+        require(good, f"bool {list(logprobs.shape)}", kind_of(mask), "mask")
+
+
+def _check_sequences(sequence_ids: torch.Tensor, advantages: torch.Tensor, logprobs: torch.Tensor) -> None:
+    count, device = logprobs.numel(), logprobs.device
+    require(advantages.dim() == 1 and advantages.is_floating_point(), "float [S]", kind_of(advantages), "advantages")
+    good = sequence_ids.dtype == torch.int32 and sequence_ids.shape == (count,)
+    require(good, f"int32 [{count}]", kind_of(sequence_ids), "sequence_ids")
+    require(sequence_ids.device == device, f"a tensor on {device}", str(sequence_ids.device), "sequence_ids")
+    if sequence_ids.is_cuda or count == 0:
+        return
+    size = advantages.numel()
+    inside = bool(((sequence_ids >= 0) & (sequence_ids < size)).all())
+    require(inside, f"ids in [0, {size})", sequence_ids.tolist(), "sequence_ids")
+    runs = sequence_ids.unique_consecutive().numel()
+    whole = runs == sequence_ids.unique().numel()
+    require(whole, "one run of tokens for each sequence", sequence_ids.tolist(), "sequence_ids")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams
     from foveate.rollout.engine import Engine
     from foveate.rollout.grpo import GRPOConfig
+    from foveate.rollout.replay import replay
     from foveate.rollout.tagged import TaggedSpan
     from foveate.rollout.trainer import Trainer
     from foveate.rollout.types import KeepPlan, Request, Rollout, RolloutGroup, VisionInputs
@@ -33,6 +34,7 @@ __all__ = [
     "Trainer",
     "VisionInputs",
     "__version__",
+    "replay",
 ]
 
 _HOMES = {
@@ -48,6 +50,7 @@ _HOMES = {
     "TaggedSpan": "tagged",
     "Trainer": "trainer",
     "VisionInputs": "types",
+    "replay": "replay",
 }
 
 

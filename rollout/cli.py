@@ -34,6 +34,7 @@ class Command:
 
 
 TYRO = {"tyro": "tyro"}
+PIL = {"PIL": "pillow"}
 DEMO = {"PIL": "pillow", "math_verify": "math-verify", "scipy": "scipy", "sklearn": "scikit-learn"}
 COMMANDS = {
     "doctor": Command(
@@ -44,6 +45,9 @@ COMMANDS = {
     ),
     "rollout": Command(
         "a file of prompts in, rollouts with their log-probs out", "foveate.rollout.tools.rollout", TYRO, "rollout"
+    ),
+    "prune-view": Command(
+        "which patches of an image pruning keeps", "foveate.rollout.tools.prune_view", PIL | TYRO, "rollout"
     ),
     "train": Command("GRPO on your own model and data", "foveate.rollout.tools.train", TYRO, "train"),
 }
@@ -73,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<11} {command.summary}" for name, command in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="foveate",
         description="\n".join([DESCRIPTION, "", "commands:", *lines]),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from foveate.kernels.dispatch import check_request
+from foveate.rollout.pruning import PruneConfig
 from foveate.rollout.tagged import TaggedSpan
 
 MIB = 1 << 20
@@ -192,18 +193,6 @@ class SamplingParams:
     def biases(self) -> tuple[tuple[int, float], ...]:
         """(id, bias) of logit_bias, which is kept as pairs."""
         return tuple(self.logit_bias or ())  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class PruneConfig:
-    """Vision-token pruning: method name and the share of image tokens that is kept."""
-
-    method: str
-    keep: float = 0.5
-
-    def __post_init__(self) -> None:
-        require(isinstance(self.method, str), "a str", self.method, "method")
-        require(is_number(self.keep) and 0 < self.keep <= 1, "0 < keep <= 1", self.keep, "keep")
 
 
 @dataclass(frozen=True)

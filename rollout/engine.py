@@ -19,6 +19,7 @@ from foveate.rollout.asynchronous import Stepper
 from foveate.rollout.config import EngineConfig, require
 from foveate.rollout.desk import Desk
 from foveate.rollout.intake import Intake
+from foveate.rollout.layer_groups import layer_groups
 from foveate.rollout.models.weights import Weights
 from foveate.rollout.modes import own_modes
 from foveate.rollout.pages import PagePool
@@ -53,8 +54,6 @@ class Engine(Reports, Scoring, Updates):
 
     def __init__(self, model: nn.Module, processor: Any = None, config: EngineConfig | None = None):
         self.config = config or EngineConfig()
-        if self.config.prune:
-            raise NotImplementedError("EngineConfig.prune comes with a later release")
         self.model = model
         self.spec = models.describe(model)
         device, asked = self.spec.lm_head.weight.device, torch.device(self.config.device or "cpu")
@@ -62,17 +61,18 @@ class Engine(Reports, Scoring, Updates):
         require(same, f"the model's device {device}", self.config.device, "device")
         if self.config.deterministic and device.type != "cpu":
             raise NotImplementedError(f"EngineConfig.deterministic is for the CPU in this release, got {device}")
-        for family in ("layers", "paged_attention", "sampling"):
+        for family in ("layers", "paged_attention", "sampling", "vision_prune"):
             choose(family, self.config.backend, device)
         self._weights = Weights(self.spec, self.config.dtype, self.config.fuse)
         self._versions = Versions()
         self.num_requests = 0  # added so far: the seed of a request that brings none depends on it
-        pool = PagePool(num_pages(self.spec, self._weights, self.config))
-        self._tree = SegmentTree(pool, self.config.page_size)
+        groups = layer_groups(self.config.prune, self.spec.num_layers)
+        pool = PagePool(num_pages(self.spec, self._weights, self.config, groups))
+        self._tree = SegmentTree(pool, self.config.page_size, groups)
         self._scheduler = Scheduler(self.config, self._tree)
         self._processor = PromptProcessor(processor, self.spec.vision, self.spec.vocab_size)
         with own_modes(device):
-            self._runner = Runner(self.spec, self._weights, self.config, pool.num_pages)
+            self._runner = Runner(self.spec, self._weights, self.config, pool.num_pages, groups)
             self._intake = Intake(self.config, self.spec, self._processor)
         finish = partial(output.finish, tokenizer=self._processor.tokenizer, versions=self._versions)
         self._desk = Desk(
@@ -98,6 +98,16 @@ class Engine(Reports, Scoring, Updates):
         model = auto.from_pretrained(path, use_safetensors=True, **model_kwargs)
         processor = load_processor(path, has_vision, trust_remote_code=trust)
         return cls(model.eval().to(config and config.device), processor, config)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's, None without one."""
+        return self._processor.tokenizer
+
+    @property
+    def image_processor(self) -> Any:
+        """The processor's, None without one."""
+        return self._processor.image_processor
 
     @property
     def shares_weights(self) -> bool:

@@ -1,34 +1,76 @@
-"""The GRPO objective: its configuration, and pure functions over the flat tokens of a batch."""
+"""How rollouts become an update: the options of a run, and what each kind of policy loss means here."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal
 
-import torch
-
+from foveate.kernels.policy_loss import KINDS, PolicyLossOptions
+from foveate.kernels.policy_loss.advantage import ADVANTAGE_KINDS
 from foveate.rollout.config import require
 
-# exp() of a log-ratio stays finite in float32, and a broken sample cannot fill the gradient with infinities.
-MAX_LOG_RATIO = 20.0
+Kind = Literal["kind"]  # as the kind of loss has it
+DYNAMIC_SAMPLING_ROUNDS = 10  # of verl's DAPO
+
+# What a kind means where the options say "kind": the published values, of `foveate.kernels.policy_loss.KINDS`, but for
+# what stands here. "grpo" is the released recipe of Perception-R1 (arXiv 2506.07218), not the paper's own.
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "grpo": {"clip_low": 0.2, "clip_high": 0.3, "dual_clip": 3.0, "aggregation": "token"},
+        "dapo": {"dynamic_sampling": True},
+    }
+)
+# Whose arguments are None where the kind has no such bound, or where its published value stands.
+OF_KIND = ("clip_low", "clip_high", "dual_clip", "aggregation")
+OF_LOSS = (
+    "delta",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "entropy_coef",
+    "kl_kind",
+    "kl_gradient",
+    "kl_ratio_weighted",
+    "correction",
+    "correction_low",
+    "correction_high",
+    "rejection",
+    "rejection_low",
+    "rejection_high",
+    "off_policy_limit",
+)
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """How rollouts become an update.
+    """How rollouts become an update. An option that is "kind" is what `kind` says; any other value stands.
 
     prompts_per_step: groups of one rollout batch. max_steps: rollout batches of the whole run; None is one pass.
+    dynamic_sampling: rounds in which a step may draw prompts until it has prompts_per_step groups that are neither all
+    right nor all wrong; the others are left out. 0 or False is off, True is 10. dynamic_sampling_part: the reward that
+    says what is right, or "total": a group stays whose values of it differ. "kind": on for "dapo" alone.
     learning_rate, betas, adam_eps, weight_decay: AdamW; matrices alone decay. warmup_steps: linear, in rollout
     batches. schedule: after the warm-up, constant, or down to 0 at max_steps on a line or a cosine.
     max_grad_norm: None is off. num_updates: optimiser steps on each rollout batch, each on all of it.
     micro_batch_size: samples of one forward. micro_batch_tokens: its tokens, padding included; None is no limit.
-    clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high]. dual_clip: bounds the loss of a
-    token of negative advantage A by -dual_clip A; None is off. kl_coef, kl_kind: see `kl_penalty`; the kind sets the
-    value, the gradient is that of k2 for all (verl calls these "k1+", "k3+").
-    aggregation: see `sample_weights`; aggregation_length: its constant. old_logprobs: "recompute" by the trainer's
-    own forward before the first update, or the "engine"'s. tis_cap: see `importance_weights`; None is off, inf
-    does not truncate. advantage_eps, advantage_ddof: see `foveate.kernels.policy_loss.group_advantage`.
+    prefix_grouping: the samples of a group share one run of their prompt in a micro-batch's forward, see
+    `foveate.rollout.prefix_groups`; not possible with flash attention.
+    pruned_policy: what the forwards of the update see of a prompt whose images the engine pruned: "replay" what it saw,
+    "dense" all of it; the rollouts are then another policy's, for which correction and rejection are there.
+    pruned_share: of the groups that may be pruned, at step 0; the others are rolled out whole. pruned_share_end: on a
+    line to this at max_steps, None is constant. A share below 1 needs an engine that prunes at the encoder.
+    kind: of policy loss. "kind" for clip_low, clip_high, dual_clip, aggregation, advantage are then its paper's values,
+    but for "grpo": 0.2, 0.3, 3.0, "token", as in Perception-R1. "dapo" has its soft overlong penalty from a reward,
+    `foveate.rollout.rewards.Overlong`.
+    clip_low to off_policy_limit: see `foveate.kernels.policy_loss.PolicyLossOptions`; dual_clip None is off.
+    aggregation_length: the constant of aggregation "constant", as of "dr_grpo": the most tokens of a completion.
+    kl_coef, kl_schedule, kl_min, kl_max, kl_turn: see `foveate.rollout.schedules.kl_coef`; "grpo_d" goes from the
+    middle of kl_min and kl_max down to kl_min after the share kl_turn of max_steps, and then up to kl_max.
+    old_logprobs: "recompute" by the trainer's own forward before the first update, or the "engine"'s.
+    advantage, advantage_eps, advantage_ddof: see `foveate.kernels.policy_loss.group_advantage`. "reinforce++" kinds
+    whiten over tokens; "gdpo" takes the parts of the reward, which must have `weights`.
     reward_workers: groups whose reward is computed at a time, on threads, while others decode; with more than one the
     reward must be safe to share between threads, as those of `foveate.rollout.rewards` are. 0: in the main thread, when
     all have ended, for a reward that works nowhere else. The numbers are the same.
@@ -36,12 +78,14 @@ class GRPOConfig:
     eval_every, save_every: in steps, 0 is never. log_every: of printed lines. seed: of the order of prompts and of
     the requests that bring none. progress: "rich" (needs rich), "plain", "none", or "auto": rich where it is installed
     and stderr is a terminal, else plain. tensorboard: write event files too (needs tensorboard).
-    A resumed run has the same options; eval_every, save_every, log_every, progress, tensorboard, reward_workers may
-    change, and max_steps where the schedule is constant: others fall to 0 there.
+    A resumed run has the same options; what moves numbers by rounding alone, and eval_every, save_every, log_every,
+    progress, tensorboard, reward_workers may change, and max_steps where the schedules are constant.
     """
 
     prompts_per_step: int = 8
     max_steps: int | None = None
+    dynamic_sampling: bool | int | Kind = "kind"
+    dynamic_sampling_part: str = "accuracy"
     learning_rate: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = 1e-8
@@ -52,15 +96,37 @@ class GRPOConfig:
     num_updates: int = 1
     micro_batch_size: int = 8
     micro_batch_tokens: int | None = None
-    clip_low: float = 0.2
-    clip_high: float = 0.3
-    dual_clip: float | None = 3.0
+    prefix_grouping: bool = True
+    pruned_policy: Literal["replay", "dense"] = "replay"
+    pruned_share: float = 1.0
+    pruned_share_end: float | None = None
+    kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "cispo_max", "sapo"] = "grpo"
+    clip_low: float | Kind = "kind"
+    clip_high: float | Kind = "kind"
+    dual_clip: float | Kind | None = "kind"
+    delta: float | None = None
+    sapo_temperature_pos: float | None = None
+    sapo_temperature_neg: float | None = None
+    aggregation: Literal["kind", "token", "sequence", "constant"] = "kind"
+    aggregation_length: int | None = None
+    entropy_coef: float = 0.0
     kl_coef: float = 0.0
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
-    aggregation: Literal["token", "sequence", "constant"] = "token"
-    aggregation_length: int | None = None
+    kl_gradient: Literal["value", "straight_through"] = "straight_through"
+    kl_ratio_weighted: bool = False
+    kl_schedule: Literal["constant", "grpo_d"] = "constant"
+    kl_min: float | None = None
+    kl_max: float | None = None
+    kl_turn: float = 0.3
+    correction: Literal["tis", "tis_sequence", "mis", "mis_sequence"] | None = None
+    correction_low: float | None = None
+    correction_high: float | None = None
+    rejection: Literal["geometric", "k3"] | None = None
+    rejection_low: float | None = None
+    rejection_high: float | None = None
+    off_policy_limit: float | None = None
     old_logprobs: Literal["recompute", "engine"] = "recompute"
-    tis_cap: float | None = None
+    advantage: Literal["kind", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gdpo"] = "kind"
     advantage_eps: float = 1e-6
     advantage_ddof: int = 1
     reward_workers: int = 1
@@ -80,22 +146,26 @@ class GRPOConfig:
             self._check(name, "an int >= 0", lambda v: isinstance(v, int) and v >= 0)
         for name in ("max_steps", "micro_batch_tokens", "aggregation_length"):
             self._check(name, "an int >= 1 or None", lambda v: v is None or (isinstance(v, int) and v >= 1))
-        for name in ("learning_rate", "weight_decay", "kl_coef", "advantage_eps", "clip_high", "adam_eps"):
+        for name in ("learning_rate", "weight_decay", "advantage_eps", "adam_eps"):
             self._check(name, "a number >= 0", lambda v: 0 <= v < math.inf)
-        for name in ("max_grad_norm", "tis_cap"):
-            self._check(name, "a number > 0 or None", lambda v: v is None or v > 0)
+        self._check("dynamic_sampling", "a bool, an int >= 0 or 'kind'", lambda v: v == "kind" or _is_count(v))
+        self._check("max_grad_norm", "a number > 0 or None", lambda v: v is None or v > 0)
         self._check("betas", "two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= b < 1 for b in v))
-        self._check("clip_low", "0 <= clip_low <= 1", lambda v: 0 <= v <= 1)
-        self._check("dual_clip", "a number > 1 or None", lambda v: v is None or v > 1)
         self._check("advantage_ddof", "0 or 1", lambda v: v in (0, 1))
         self._check_choices()
+        self._check_kl_schedule()
+        self._check_pruned_share()
+        self._check_kind()
 
     def _check_choices(self) -> None:
         choices = {
             "schedule": ("constant", "linear", "cosine"),
-            "kl_kind": ("k1", "k2", "k3"),
-            "aggregation": ("token", "sequence", "constant"),
+            "kl_schedule": ("constant", "grpo_d"),
+            "kind": tuple(KINDS),
+            "aggregation": ("kind", "token", "sequence", "constant"),
+            "advantage": ("kind", *ADVANTAGE_KINDS),
             "old_logprobs": ("recompute", "engine"),
+            "pruned_policy": ("replay", "dense"),
             "precision": ("no", "bf16"),
             "progress": ("auto", "rich", "plain", "none"),
         }
@@ -103,113 +173,71 @@ class GRPOConfig:
             self._check(name, f"one of {values}", values.__contains__)
         if self.schedule != "constant":
             self._check("max_steps", f"an int for schedule={self.schedule!r}", lambda v: v is not None)
-        constant = self.aggregation == "constant"
-        expected = "an int" if constant else "None"
-        expected += f" for aggregation={self.aggregation!r}"
+
+    def _check_kl_schedule(self) -> None:
+        if self.kl_schedule == "constant":
+            for name in ("kl_min", "kl_max"):
+                self._check(name, "None for kl_schedule='constant'", lambda v: v is None)
+            return
+        self._check("max_steps", f"an int for kl_schedule={self.kl_schedule!r}", lambda v: v is not None)
+        self._check("kl_coef", f"0, which kl_schedule={self.kl_schedule!r} replaces", lambda v: v == 0)
+        self._check("kl_min", "a number >= 0", lambda v: v is not None and 0 <= v < math.inf)
+        self._check("kl_max", f"a number >= kl_min, {self.kl_min}", lambda v: v is not None and self.kl_min <= v)
+        self._check("kl_turn", "a number in (0, 1)", lambda v: 0 < v < 1)
+
+    def _check_pruned_share(self) -> None:
+        self._check("pruned_share", "a number in [0, 1]", lambda v: 0 <= v <= 1)
+        self._check("pruned_share_end", "a number in [0, 1] or None", lambda v: v is None or 0 <= v <= 1)
+        if self.pruned_share_end is not None:
+            self._check("max_steps", "an int for pruned_share_end", lambda v: v is not None)
+
+    def _check_kind(self) -> None:
+        aggregation = self.loss_options.resolve(self.kind).aggregation
+        constant = aggregation == "constant"
+        expected = f"{'an int' if constant else 'None'} for aggregation={aggregation!r}"
         self._check("aggregation_length", expected, lambda v: (v is not None) == constant)
+        advantage = self.of_kind("advantage")
+        if advantage in ("dr_grpo", "rloo"):
+            for name, default in (("advantage_eps", 1e-6), ("advantage_ddof", 1)):
+                self._check(name, f"{default} for {advantage!r}, which divides by no std", lambda v, d=default: v == d)
 
     def _check(self, name: str, expected: str, holds) -> None:
         value = getattr(self, name)
         require(holds(value), expected, value, name)
 
+    def of_kind(self, name: str) -> Any:
+        """The value of an option that may be "kind"."""
+        value = getattr(self, name)
+        if value == "kind":
+            published = getattr(KINDS[self.kind], name, None)
+            value = PRESETS.get(self.kind, {}).get(name, published)
+        return value
 
-class TokenTerms(NamedTuple):
-    """Per token, float32 [N]: the policy loss, the KL penalty, and bool [N]: where which clip bound."""
+    @property
+    def loss_options(self) -> PolicyLossOptions:
+        """For the loss; its kl_coef is that of a constant schedule."""
+        return PolicyLossOptions(
+            **{name: self.of_kind(name) for name in OF_KIND},
+            **{name: getattr(self, name) for name in OF_LOSS},
+            kl_coef=self.kl_coef,
+        )
 
-    loss: torch.Tensor
-    kl: torch.Tensor
-    clip_low: torch.Tensor
-    clip_high: torch.Tensor
-    clip_dual: torch.Tensor
+    @property
+    def prunes_all(self) -> bool:
+        """Whether every group is rolled out as the engine and its request say."""
+        return self.pruned_share == 1 and self.pruned_share_end in (None, 1)
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a step weighs the KL penalty."""
+        return self.kl_coef > 0 or self.kl_schedule != "constant"
 
-def token_terms(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    config: GRPOConfig,
-    *,
-    behaviour_logprobs: torch.Tensor | None = None,
-    ref_logprobs: torch.Tensor | None = None,
-) -> TokenTerms:
-    """The clipped loss of each token, to be minimised; all arguments float32 [N], a gradient through logprobs only.
-
-    With d = clamp(logprobs - old, +-20), rho = e^d: loss = max(-A rho, -A clamp(rho, 1 - clip_low, 1 + clip_high)),
-    at most -A dual_clip where A < 0, times the truncated importance weight of behaviour_logprobs where tis_cap is on.
-    clip_low marks tokens of A < 0 with rho below its bound, clip_high those of A > 0 above theirs: their gradient is
-    0. clip_dual marks tokens whose loss the dual clip bounds. Sources: GRPO (arXiv 2402.03300); separate bounds: DAPO
-    (2503.14476); dual clip: 1912.09729.
-    """
-    ratio = (logprobs - old_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-    bound = torch.zeros_like(advantages, dtype=torch.bool)
-    if config.dual_clip is not None:
-        ceiling = -advantages * config.dual_clip
-        bound = (advantages < 0) & (loss > ceiling)
-        loss = torch.where(bound, ceiling, loss)
-    if config.tis_cap is not None:
-        assert behaviour_logprobs is not None, config.tis_cap
-        loss = loss * importance_weights(old_logprobs, behaviour_logprobs, config.tis_cap)
-    kl = torch.zeros_like(loss) if ref_logprobs is None else kl_penalty(logprobs, ref_logprobs, config.kl_kind)
-    low = (advantages < 0) & (ratio < 1 - config.clip_low)
-    high = (advantages > 0) & (ratio > 1 + config.clip_high)
-    return TokenTerms(loss, kl, low, high, bound)
+    @property
+    def sampling_rounds(self) -> int:
+        """Rounds of dynamic sampling, 0 where it is off."""
+        rounds = self.of_kind("dynamic_sampling")
+        return DYNAMIC_SAMPLING_ROUNDS if rounds is True else int(rounds or 0)
 
 
-def kl_penalty(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
-    """Estimate of KL(policy || reference) at each drawn token, float32 [N], with the gradient of the true one.
-
-    With d = clamp(logprobs - ref, +-20): value k1 = d, k2 = d^2 / 2, k3 = e^-d + d - 1. Whatever the kind, the
-    gradient is d grad(logprobs), that of k2: on samples of the policy it is the only one of the three whose
-    expectation is the gradient of the KL (k1's is 0, k3's is that of the forward KL). It holds on policy.
-    Sources: J. Schulman, "Approximating KL divergence"; verl's straight-through "k1+", "k3+".
-    """
-    d = (logprobs.detach() - ref_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    value = {"k1": lambda: d, "k2": lambda: d.square() / 2, "k3": lambda: torch.expm1(-d) + d}[kind]()
-    return value + d * (logprobs - logprobs.detach())
-
-
-def importance_weights(old_logprobs: torch.Tensor, behaviour_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
-    """min(e^(old - behaviour), cap), float32 [N], without gradient: token-level truncated importance sampling.
-
-    behaviour = `rollout.logprobs - rollout.log_kept`, under which the token was really drawn. Both policies then
-    are what they are: old is over the whole vocabulary, behaviour over the ids that bans and filters left, so that
-    without any mismatch the weight is e^log_kept <= 1, the mass that was kept; that is the exact correction for
-    drawing from the kept set. Source: Yao et al., "Your efficient RL framework secretly
-    brings you off-policy training".
-    """
-    difference = (old_logprobs - behaviour_logprobs).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return difference.exp().clamp(max=cap)
-
-
-def sample_weights(lengths: torch.Tensor, aggregation: str, constant: int | None = None) -> torch.Tensor:
-    """Weight of each token of each sample in the batch's loss, float32 [S], from int64 [S] token counts.
-
-    token: 1 / sum(lengths), every token alike. sequence: 1 / (S length), every sample alike. constant:
-    1 / (S constant), as Dr. GRPO (arXiv 2503.20783) with the generation cap as constant. They belong to the whole
-    batch: the losses of its micro-batches add up to the loss of the batch, however it is cut.
-    """
-    count = lengths.numel()
-    sizes = lengths.double()
-    if aggregation == "token":
-        weights = torch.full_like(sizes, 1.0) / sizes.sum()
-    elif aggregation == "sequence":
-        weights = 1 / (count * sizes)
-    else:
-        assert constant is not None, aggregation
-        weights = torch.full_like(sizes, 1 / (count * constant))
-    return weights.float()
-
-
-def learning_rate(config: GRPOConfig, step: int) -> float:
-    """Learning rate of rollout batch `step`, counted from 0: linear warm-up, then the schedule."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    assert config.max_steps is not None, config.schedule
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    left = 1 - min(1.0, done)
-    factor = left if config.schedule == "linear" else (1 - math.cos(math.pi * left)) / 2
-    return config.learning_rate * factor
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0

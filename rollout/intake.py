@@ -10,6 +10,8 @@ from foveate.kernels.sampling import request_seed, sample_seed
 from foveate.rollout.config import EngineConfig, SamplingParams, cut, require, shown
 from foveate.rollout.models.spec import ModelSpec
 from foveate.rollout.processor import Prompt, PromptProcessor
+from foveate.rollout.pruned import pruned
+from foveate.rollout.pruning import PruneConfig
 from foveate.rollout.scheduler import Group, Sequence
 from foveate.rollout.tagged import SpanMasks
 from foveate.rollout.text import TextDecoder
@@ -29,6 +31,8 @@ class Intake:
         self.max_context = config.max_context or spec.max_context
         fits = self.max_context <= spec.max_context
         require(fits, f"at most the model's {spec.max_context}", self.max_context, "max_context")
+        prune = config.prune.method if config.prune else None
+        require(prune is None or spec.vision is not None, "no pruning for a text model", prune, "prune")
         self.eos_ids = _eos_ids(spec.model, spec.vocab_size)
         self.banned = torch.zeros(spec.vocab_size, dtype=torch.bool, device=spec.lm_head.weight.device)
         if config.ban_vision_tokens:
@@ -43,7 +47,9 @@ class Intake:
         require(request.n <= limit, f"n <= max_sequences = {limit}", request.n, "n")
         self._check_ids(sampling)
         self._check_stop(sampling.stop)
+        config = self._pruning(request)
         prompt = self._prepare(request)
+        prompt = prompt if config is None else pruned(prompt, config)
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
         banned = self._banned(request)
         early = self._banned_early(banned, stop_ids) if sampling.min_tokens else banned
@@ -69,6 +75,17 @@ class Intake:
             seed = request_seed(self.config.seed, index)
         for sample, sequence in enumerate(group.sequences):
             sequence.seed = _signed(sample_seed(seed, sample))
+
+    def _pruning(self, request: Request) -> PruneConfig | None:
+        """The request's own configuration or the engine's; inside the language model the engine's is the only one."""
+        engines, own = self.config.prune, request.prune
+        if isinstance(own, str) or own == engines:
+            return engines
+        if own is not None and own.site == "layer":
+            expected = f"EngineConfig.prune, because {own.method} is chosen for a whole engine"
+            raise ValueError(f"expected {expected}, got {shown(own)} (prune)")
+        require(own is None or self.spec.vision is not None, "no pruning for a text model", own, "prune")
+        return own
 
     def _prepare(self, request: Request) -> Prompt:
         try:

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from foveate.rollout import grpo, metrics, models, parallel
+from foveate.kernels.policy_loss import PolicyLoss, PolicyLossOptions, add_metrics, linear_policy_loss
+from foveate.rollout import metrics, models, parallel
+from foveate.rollout.batch import Batch
 from foveate.rollout.config import require
 from foveate.rollout.grpo import GRPOConfig
-from foveate.rollout.policy import Sample, micro_batches, policy_logprobs
+from foveate.rollout.policy import policy_logprobs, predict
+from foveate.rollout.prefix_groups import Packer, Sample, micro_batches, row_inputs
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What one step learns from. advantages, weights (of each token in the loss): float32 [samples]."""
-
-    samples: list[Sample]
-    advantages: torch.Tensor
-    weights: torch.Tensor
-
-
 class Learner:
-    """Holds the optimiser (AdamW) of a model and applies the GRPO loss.
+    """Holds the optimiser (AdamW) of a model and applies the policy loss.
 
     ref_model: the frozen policy of the KL term, or None. Raises ValueError for a model with dropout: its log-probs
     would not be those of the policy that was sampled.
@@ -44,6 +38,7 @@ class Learner:
         self.model, self.config = model, config
         self.spec = models.describe(model)
         self.ref_spec = None if ref_model is None else models.describe(ref_model)
+        self.packer = Packer.of(self.spec, config.prefix_grouping)
         self.device = self.spec.lm_head.weight.device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(self.parameters, config)
@@ -52,12 +47,16 @@ class Learner:
             renamed = getattr(model, "activation_checkpointing_enable", None)
             (renamed or model.gradient_checkpointing_enable)()  # type: ignore[operator]
 
-    def update(self, batch: Batch, rate: float) -> dict[str, float]:
-        """All optimiser steps on one batch at one learning rate, and what they report."""
+    def update(self, batch: Batch, rate: float, kl_coef: float | None = None) -> dict[str, float]:
+        """All optimiser steps on one batch at one learning rate, and what they report.
+
+        kl_coef: weight of the KL penalty, None is that of the configuration.
+        """
         config = self.config
-        parts = list(micro_batches(batch.samples, config.micro_batch_size, config.micro_batch_tokens))
-        fixed: dict[int, dict[str, torch.Tensor]] = {}  # micro-batch -> log-probs that no update changes
-        seen: list[dict[str, torch.Tensor]] = []
+        options = replace(config.loss_options, kl_coef=config.kl_coef if kl_coef is None else kl_coef)
+        parts = list(micro_batches(batch.samples, config.micro_batch_size, config.micro_batch_tokens, self.packer))
+        fixed: list[dict[str, torch.Tensor]] = [{} for _ in parts]  # log-probs of each that no update changes
+        seen: list[Mapping[str, torch.Tensor]] = []
         norms = []
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -65,64 +64,72 @@ class Learner:
             for _ in range(config.num_updates):
                 self.optimizer.zero_grad(set_to_none=True)
                 losses = []
-                for index, part in enumerate(parts):
-                    loss, tokens = self._loss(batch, part, fixed.setdefault(index, {}))
-                    loss.backward()
-                    losses.append(loss.detach())
-                    seen.append(tokens)
+                for part, logprobs in zip(parts, fixed, strict=True):
+                    out = self._loss(batch, part, logprobs, options)
+                    out.loss.backward()
+                    losses.append(out.loss.detach())
+                    seen.append(out.metrics)
                 parallel.add_gradients(self.parameters)
                 limit = config.max_grad_norm or math.inf
                 norms.append(nn.utils.clip_grad_norm_(self.parameters, limit, error_if_nonfinite=True))
                 self.optimizer.step()
-        values = {name: torch.cat([tokens[name] for tokens in seen]) for name in (seen[0] if seen else ())}
-        if fixed:
-            values["logprob_difference_mean"] = torch.cat([logprobs["gap"] for logprobs in fixed.values()])
+        report = metrics.policy_metrics(parallel.gather([metrics.as_floats(add_metrics(seen))]).items)
+        gap = torch.cat([logprobs["gap"] for logprobs in fixed]) if fixed else torch.zeros(0)
         # A rank whose requests all failed has nothing to report, and takes part in the sums all the same.
-        sums = parallel.gather([metrics.token_sums(values)]).items
-        gaps = parallel.gather([values["logprob_difference_mean"].max().item()] if fixed else []).items
-        report = metrics.token_means(sums)
+        gaps = (float(gap.sum()), float(gap.max()), len(gap)) if fixed else (0.0, 0.0, 0)
+        report |= metrics.difference_metrics(parallel.gather([gaps]).items)
         report["policy/loss"] = sum(parallel.gather([float(sum(losses))]).items)
-        report["policy/logprob_difference_max"] = max(gaps)
+        forwarded = sum(row_inputs(row) for part in parts for row in self.packer.rows(batch.samples[part]))
+        report["throughput/tokens_forwarded"] = float(sum(parallel.gather([forwarded]).items))
         return {**report, "optim/grad_norm": float(torch.stack(norms).mean()), "optim/lr": rate}
 
-    def _loss(self, batch: Batch, part: slice, fixed: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
-        """A micro-batch's share of the batch's loss, and its per-token values [N]."""
-        config, samples = self.config, batch.samples[part]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            policy = policy_logprobs(self.spec, samples)
-            if not fixed:
-                fixed.update(self._fixed_logprobs(samples, policy.logprobs.detach()))
+    def _loss(
+        self, batch: Batch, part: slice, fixed: dict[str, torch.Tensor], options: PolicyLossOptions
+    ) -> PolicyLoss:
+        """A micro-batch's share of the batch's loss.
+
+        fixed: filled by the first update, whose own forward is the recomputed old policy: no forward is spent on it.
+        """
+        samples, head = batch.samples[part], self.spec.lm_head
         lengths = torch.tensor([len(sample.rollout.token_ids) for sample in samples])
-        advantages, weights = (
-            x[part].repeat_interleave(lengths).to(self.device) for x in (batch.advantages, batch.weights)
-        )
-        terms = grpo.token_terms(
-            policy.logprobs,
-            fixed["old"],
-            advantages,
-            config,
-            behaviour_logprobs=fixed["behaviour"],
+        ids = torch.arange(len(samples)).repeat_interleave(lengths)
+        first = not fixed
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            hidden, targets, temperatures = predict(self.spec, samples, self.packer)
+            if first:
+                fixed |= self._fixed_logprobs(samples)
+        out = linear_policy_loss(
+            hidden,
+            head.weight,
+            targets,
+            bias=head.bias,
+            temperature=temperatures,
+            advantages=batch.advantages[part].to(self.device),
+            sequence_ids=ids.int().to(self.device),
+            mask=batch.taught[part][ids].to(self.device),
+            denominator=batch.denominator,
+            old_logprobs=fixed.get("old"),
+            rollout_logprobs=fixed["behaviour"],
             ref_logprobs=fixed.get("ref"),
+            kind=self.config.kind,
+            options=options,
         )
-        loss = (weights * (terms.loss + config.kl_coef * terms.kl)).sum()
-        tokens = {name: values.detach() for name, values in terms._asdict().items() if name != "loss"}
-        tokens["entropy"] = policy.entropy.detach()
-        if config.tis_cap is not None:
-            tokens["tis_weight"] = grpo.importance_weights(fixed["old"], fixed["behaviour"], config.tis_cap)
-        return loss, tokens
+        if first:
+            fixed["gap"] = (fixed["engine"] - out.logprobs).abs()
+            fixed.setdefault("old", out.logprobs)
+        return out
 
     @torch.no_grad()
-    def _fixed_logprobs(self, samples: Sequence[Sample], current: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Log-probs float32 [N] of the old, behaviour and reference policies, and |engine - trainer|.
-
-        The first update's own forward is the recomputed old policy: no forward is spent on it.
-        """
+    def _fixed_logprobs(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        """Log-probs float32 [N] of the engine's model, of its draws, of the reference, of the old policy if known."""
         engine = torch.cat([sample.rollout.logprobs for sample in samples]).to(self.device)
         behaviour = torch.cat([sample.rollout.behaviour_logprobs for sample in samples]).to(self.device)
-        old = engine if self.config.old_logprobs == "engine" else current
-        fixed = {"old": old, "behaviour": behaviour, "gap": (engine - current).abs()}
+        fixed = {"engine": engine, "behaviour": behaviour}
+        if self.config.old_logprobs == "engine":
+            fixed["old"] = engine
         if self.ref_spec is not None:
-            fixed["ref"] = policy_logprobs(self.ref_spec, samples).logprobs
+            grouping = self.config.prefix_grouping
+            fixed["ref"] = policy_logprobs(self.ref_spec, samples, prefix_grouping=grouping).logprobs
         return fixed
 
 

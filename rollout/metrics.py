@@ -8,16 +8,22 @@ reward/total, reward/<part>   mean over samples: the weighted sum, and each unwe
 group/variance                mean over groups of the variance of the totals (ddof 1)
 group/zero_variance_share     share of the groups of two or more scored samples that teach nothing: all totals equal
 group/failed                  requests the engine could not serve
+group/drawn, group/rounds     prompts and rounds that dynamic sampling took; reward/, group/ are over all of them
 sample/unscorable             samples without a total: not in their group's baseline, advantage 0
 unscorable/<part>             samples for which that part could not be had, as when a judge failed
 completion/length_mean, completion/length_max, completion/truncated_share (ended by length)
 policy/loss                   of the last update, KL term included
 policy/clip_low, policy/clip_high, policy/clip_dual   share of tokens where that bound is active
-policy/kl                     mean estimate of KL(policy || reference); 0 without a reference
+policy/ratio, policy/ratio_max of the current over the old policy, by token or sequence as the kind has it
+policy/kl                     mean estimate of KL(policy || reference); missing without a reference
 policy/entropy                mean over tokens, nats
-policy/tis_weight             mean truncated importance weight, where it is on
+policy/correction             mean factor of the correction for the engine's mismatch; policy/dropped: share of tokens
+                              whose policy term it, or a rejection, takes out
+policy/mismatch_k1, policy/mismatch_k3   estimates of KL(behaviour || old); policy/mismatch_abs, policy/mismatch_abs_max
+                              |old - behaviour|; policy/ess: share of the sample that its weights leave effective
 policy/logprob_difference_mean, policy/logprob_difference_max   |engine - trainer| of the drawn tokens' log-probs,
                               both over the whole vocabulary, before the first update
+throughput/tokens_forwarded   of one pass over the batch, without padding; a prompt that samples share counts once
 optim/grad_norm               before clipping, mean over the updates; optim/lr
 time/step                     seconds; time/rollout_share, reward, update, sync: of time/step; reward is what was left
                               of it when the last group had ended
@@ -39,6 +45,7 @@ from typing import Any, TextIO
 
 import torch
 
+from foveate.kernels.policy_loss import add_metrics, mean_metrics
 from foveate.rollout.rewards import RewardTable
 from foveate.rollout.types import FinishReason
 
@@ -91,21 +98,25 @@ def completion_metrics(ends: Sequence[tuple[int, FinishReason]]) -> dict[str, fl
     }
 
 
-def token_sums(tokens: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, int]]:
-    """Sum and count of each tensor [N] of per-token values, in one transfer from the device."""
-    if not tokens:
+def as_floats(sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Scalars as numbers, in one transfer from the device."""
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}
+
+
+def policy_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Means over the tokens of all parts, from the sums that `linear_policy_loss` reports; a part may be empty."""
+    sums = add_metrics([{name: torch.tensor(x) for name, x in part.items()} for part in parts if part])
+    if not sums or sums["tokens"] == 0:
         return {}
-    sums = torch.stack([values.float().sum() for values in tokens.values()]).tolist()
-    return {name: (total, len(values)) for (name, values), total in zip(tokens.items(), sums, strict=True)}
+    means = mean_metrics(sums)
+    return {f"policy/{name}": float(value) for name, value in means.items() if name != "tokens"}
 
 
-def token_means(parts: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, float]:
-    """Means of what several parts' `token_sums` add up to."""
-    means = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        sums, counts = zip(*(part[name] for part in parts if name in part), strict=True)
-        means[f"policy/{name}"] = sum(sums) / sum(counts)
-    return means
+def difference_metrics(parts: Sequence[tuple[float, float, int]]) -> dict[str, float]:
+    """Of |engine - trainer|, from sum, maximum and number of tokens of several parts."""
+    sums, largest, counts = zip(*parts, strict=True)
+    mean = {"policy/logprob_difference_mean": sum(sums) / sum(counts)} if sum(counts) else {}
+    return {**mean, "policy/logprob_difference_max": max(largest)}
 
 
 def check_extras(progress: str, tensorboard: bool) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from foveate.kernels.sampling import SampleOutput
 from foveate.rollout.modes import own_modes
+from foveate.rollout.pruned import plan_of
 from foveate.rollout.scheduler import Batch, Group, Sequence
 from foveate.rollout.segments import Segment
 from foveate.rollout.types import Request, RequestError, Rollout, RolloutGroup, Versions
@@ -40,7 +41,7 @@ def fail(group: Group, message: str) -> None:
 def fail_images(batch: Batch, running: Iterable[Sequence], failed: dict[Segment, str]) -> None:
     """Ends the groups whose prompt holds an image that was not encoded, and takes what only they need off the batch.
 
-    failed: segment -> what the tower raised. Images of several groups in one segment end them all.
+    failed: segment -> who raised what (`Runner.encode`). Images of several groups in one segment end them all.
     """
     if not failed:
         return
@@ -48,7 +49,7 @@ def fail_images(batch: Batch, running: Iterable[Sequence], failed: dict[Segment,
     for group in dict.fromkeys(sequence.group for sequence in running):
         reasons = [failed[segment] for segment in group.path if segment in failed]
         if reasons:
-            fail(group, f"expected images that the vision tower encodes, got {reasons[0]}")
+            fail(group, f"expected images that {reasons[0]}")
     going_on = [sequence for sequence in running if sequence.group.error is None]
     needed = {segment for sequence in going_on for segment in (*sequence.group.path, sequence.leaf)}
     batch.chunks = [chunk for chunk in batch.chunks if chunk.segment in needed]
@@ -87,7 +88,8 @@ def _finish(sequence: Sequence, token: int) -> None:
 
 def group_of(group: Group, tokenizer: Any, version: int) -> RolloutGroup:
     """The finished group as its caller gets it. version: of the weights now."""
-    prompt, vision = group.prompt, group.prompt.vision
+    pruning, vision = group.prompt.pruning, group.prompt.vision
+    prompt = pruning.full if pruning else group.prompt
     boundaries = torch.tensor((0, *prompt.boundaries), dtype=torch.int32)
     return RolloutGroup(
         request=group.request,
@@ -99,6 +101,7 @@ def group_of(group: Group, tokenizer: Any, version: int) -> RolloutGroup:
         rollouts=tuple(_rollout(sequence, tokenizer, version) for sequence in group.sequences),
         image_grid_thw=vision.image_grid_thw if vision else None,
         pixel_values=vision.pixel_values if vision else None,
+        keep=None if group.error else plan_of(group.prompt),
         error=group.error,
         kept_versions=tuple(group.kept_versions),
     )

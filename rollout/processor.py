@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from foveate.rollout.images import content_hash, load_image, split_images
 from foveate.rollout.messages import lift_images
 from foveate.rollout.models.spec import VisionSpec
 from foveate.rollout.types import Request, VisionInputs
+
+if TYPE_CHECKING:
+    from foveate.rollout.pruned import Pruning
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,14 @@ class ImageInput:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A request's prompt as the model sees it; filled by `PromptProcessor.prepare`."""
+    """A request's prompt as the language model sees it; filled by `PromptProcessor.prepare` and `pruned.pruned`."""
 
     token_ids: torch.Tensor  # int64 [P], placeholders expanded
     positions: torch.Tensor  # int64 [3, P]: time, height, width
     next_position: int  # of the first completion token
     images: tuple[ImageInput, ...]
     boundaries: tuple[int, ...]  # ends of the prompt's segments, the last is P
+    pruning: Pruning | None = None
 
     @property
     def vision(self) -> VisionInputs | None:

@@ -7,6 +7,7 @@ from foveate.rollout.models.weights import Weights
 from foveate.rollout.runner import Runner
 from foveate.rollout.scheduler import Scheduler
 from foveate.rollout.segments import SegmentTree
+from foveate.rollout.selection import selection_stats
 from foveate.rollout.types import Versions
 from foveate.rollout.vision import vision_stats
 
@@ -31,7 +32,8 @@ class Reports:
         requests, finished, failed: groups. prefilled_tokens: computed in chunks, those computed again included;
         shared_segments: prompt segments found instead. preempted: how often a sample's pages were taken. tokens:
         drawn. steps, seconds: spent in them. tokens_per_second. images_encoded, image_hits, image_evictions,
-        image_bytes: of the vision cache (`foveate.rollout.vision.vision_stats`).
+        image_bytes: of the vision cache (`foveate.rollout.vision.vision_stats`). image_tokens, image_tokens_dropped: of
+        images that went to prompts (`foveate.rollout.selection.selection_stats`).
         running: samples now; waiting: groups of which a sample waits. weight_version, vision_version.
         """
         return {
@@ -44,6 +46,7 @@ class Reports:
             "shared_segments": self._tree.num_shared,
             "preempted": self._scheduler.num_preempted,
             **vision_stats(self._runner.vision),
+            **selection_stats(self._runner.selector),
             "running": len(self._scheduler.running),
             "waiting": len(self._scheduler.waiting),
             "weight_version": self._versions.weights,
@@ -53,7 +56,8 @@ class Reports:
     def memory_report(self) -> dict[str, int | float]:
         """Bytes by owner.
 
-        kv_capacity, kv_used: the page pool and its pages in use; kv_pages, kv_pages_used: their number.
+        kv_capacity, kv_used: the page pool and its pages in use; kv_pages, kv_pages_used: their number. held_hidden:
+        hidden states of prompts that are pruned between layers and still lack their last token.
         vision_cache. shadow_weights: copies the engine owns. shared_weights: decoder parameters read in place.
         """
         pool, runner = self._tree.pool, self._runner
@@ -62,6 +66,7 @@ class Reports:
             "kv_used": runner.kv_pool.nbytes // pool.num_pages * pool.num_used,
             "kv_pages": pool.num_pages,
             "kv_pages_used": pool.num_used,
+            "held_hidden": self._tree.held_bytes,
             "vision_cache": runner.vision.used_bytes if runner.vision else 0,
             "shadow_weights": self._weights.shadow_bytes,
             "shared_weights": self._weights.shared_bytes,

@@ -16,8 +16,8 @@ from foveate.rollout.config import require
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.types import Request
 
-# Options of which the numbers of a step do not depend.
-ONLY_ROUNDING = ("micro_batch_size", "micro_batch_tokens", "gradient_checkpointing")  # for a run short of memory
+# Options of which the numbers of a step do not depend; those that move them by rounding are for a run short of memory.
+ONLY_ROUNDING = ("micro_batch_size", "micro_batch_tokens", "prefix_grouping", "gradient_checkpointing")
 MAY_CHANGE = ("save_every", "eval_every", "log_every", "progress", "tensorboard", "reward_workers", *ONLY_ROUNDING)
 CHUNK_ELEMENTS = 1 << 22
 
@@ -25,9 +25,11 @@ CHUNK_ELEMENTS = 1 << 22
 def settings_of(config: GRPOConfig) -> dict[str, Any]:
     """The options that a resumed run must repeat, by name.
 
-    max_steps is one of them where the learning rate falls to 0 at its end; with a constant rate a run may go on longer.
+    max_steps is one of them where the learning rate, the KL penalty's weight or the share of pruned groups follows it;
+    else a run may go on longer.
     """
-    free = {*MAY_CHANGE, "max_steps"} if config.schedule == "constant" else {*MAY_CHANGE}
+    constant = config.schedule == config.kl_schedule == "constant" and config.pruned_share_end is None
+    free = {*MAY_CHANGE, "max_steps"} if constant else {*MAY_CHANGE}
     return {name: value for name, value in asdict(config).items() if name not in free}
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from foveate.kernels import sampling
 from foveate.kernels.sampling import SampleOutput
 from foveate.rollout.config import EngineConfig
+from foveate.rollout.layer_groups import LayerGroups
 from foveate.rollout.logits import Adjuster
 from foveate.rollout.models.decoder import Decoder
 from foveate.rollout.models.spec import Deepstack, ModelSpec
@@ -18,84 +19,106 @@ from foveate.rollout.planner import Planner
 from foveate.rollout.processor import ImageInput
 from foveate.rollout.scheduler import Group, Sequence
 from foveate.rollout.segments import Chunk, Segment
+from foveate.rollout.selection import Selector
+from foveate.rollout.staged import StagedPrefill
 from foveate.rollout.vision import VisionEncoder, place
 
 CPU_KV_MEMORY = 1 << 30  # bytes
 
 
 class Runner:
-    """Owns the KV pool, float [2, layers, pages, page_size, kv_heads, head_dim], and drives the decoder."""
+    """Owns the KV pool, float [2, layers a page, pages, page_size, kv_heads, head_dim], and drives the decoder."""
 
-    def __init__(self, spec: ModelSpec, weights: Weights, config: EngineConfig, num_pages: int):
+    def __init__(self, spec: ModelSpec, weights: Weights, config: EngineConfig, num_pages: int, groups: LayerGroups):
         self.config = config
         self.weights = weights
         self.device = weights.device
         self.decoder = Decoder(spec, weights, config.backend, config.deterministic)
-        self.planner = Planner(config.page_size, self.device)
+        self.planner = Planner(config.page_size, self.device, groups)
         self.adjuster = Adjuster()
         self.logits_backend = sampling.logits_backend(config.backend, self.device)
-        self.vision = None
+        self.vision, self.selector = None, None
         if spec.vision is not None:
-            self.vision = VisionEncoder(spec.vision, weights.dtype, config.vision_cache_memory, config.deterministic)
+            memory = config.vision_cache_memory
+            self.vision = VisionEncoder(spec.vision, weights.dtype, memory, config.deterministic, config.backend)
+            self.selector = Selector(self.vision)
         # Not zeros: on a CPU the system commits the memory of pages as they are first written.
-        shape = (2, spec.num_layers, num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
+        shape = (2, groups.layers_per_page, num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)
         self.kv_pool = torch.empty(shape, dtype=weights.dtype, device=self.device)
+        self.staged = None
+        if groups.count > 1:
+            levels = spec.vision.num_deepstack if spec.vision else 0
+            self.staged = StagedPrefill(self.decoder, self.planner, groups, self.kv_pool, levels)
 
     def encode(self, chunks: list[Chunk]) -> dict[Segment, str]:
         """Gives the segments the features of the images in their chunks, all images in one pass of the tower.
 
-        Where that pass fails, each image passes alone. Returns what then still fails: segment -> what the tower raised.
+        Where that pass fails, each image passes alone. Of pruned images the segments get what is kept, which is decided
+        here unless it is known. Returns what fails: segment -> who raised what, a sentence after "images that".
         """
         wanted = [(chunk.segment, image) for chunk in chunks for image in _images_in(chunk)]
         missing = [(segment, image) for segment, image in wanted if image.content_hash not in segment.features]
-        if not missing:
+        if not missing or self.selector is None:
             return {}
-        images = {image.content_hash: image for _, image in missing}
-        features, errors = self._features(list(images.values()))
-        if errors and len(images) > 1:
-            errors = {}
-            for image in images.values():
-                alone, failed = self._features([image])
-                features |= alone
-                errors |= failed
+        pairs = [(segment.source, image) for segment, image in missing]
+        features, errors = self._features([image for _, image in missing], self.selector.needs(pairs))
+        refused = self.selector.select(pairs, features)
+        failed: dict[Segment, str] = {}
         for segment, image in missing:
-            if image.content_hash in features:
-                segment.features[image.content_hash] = features[image.content_hash]
-        return {segment: errors[image.content_hash] for segment, image in missing if image.content_hash in errors}
+            key, pruning = image.content_hash, segment.source.pruning
+            if key in errors:
+                failed[segment] = f"the vision tower encodes, got {errors[key]}"
+            elif pruning and (key, pruning.config_hash) in refused:
+                failed[segment] = f"{pruning.method} can prune, got {refused[key, pruning.config_hash]}"
+            else:
+                segment.features[key] = self.selector.apply(segment.source, image, features[key])
+        return failed
 
-    def _features(self, images: list[ImageInput]) -> tuple[dict[bytes, torch.Tensor], dict[bytes, str]]:
-        """Features by content hash, or for each image what the tower raised: text, as an exception holds memory."""
+    def _features(
+        self, images: list[ImageInput], selected: dict[bytes, bool]
+    ) -> tuple[dict[bytes, torch.Tensor], dict[bytes, str]]:
+        """Features by content hash, or for an image what the tower raised: text, as an exception holds memory."""
         assert self.vision is not None, images
+        distinct = list({image.content_hash: image for image in images}.values())
         try:
-            return self.vision.encode(images), {}
+            return self.vision.encode(distinct, selected), {}
         except Exception as error:  # whatever a tower raises, out of memory too, concerns these images alone
             reason = repr(error)
-        return {}, {image.content_hash: reason for image in images}
+        if len(distinct) == 1:
+            return {}, {distinct[0].content_hash: reason}
+        each = [self._features([image], selected) for image in distinct]
+        features = {key: feature for found, _ in each for key, feature in found.items()}
+        return features, {key: reason for _, failed in each for key, reason in failed.items()}
 
     def prefill(self, chunks: list[Chunk]) -> int:
         """Computes chunks of segments, parents before their children; returns the number of tokens."""
-        return len(self.forward(chunks)) if chunks else 0
+        if chunks:
+            self.forward(chunks)
+        return sum(chunk.stop - chunk.start for chunk in chunks)
 
-    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
-        """As `prefill`, of one chunk or more. -> float [T, hidden], after the final norm, their tokens in order
+    def forward(self, chunks: list[Chunk]) -> dict[Segment, torch.Tensor]:
+        """As `prefill`, of one chunk or more. -> float [T, hidden] by segment, its tokens after the final norm
 
-        Raises RuntimeError, before anything is stored, if the tower fails on an image that `encode` was not called for.
+        Of a prompt that loses tokens between layers only those that are left, in the step that brings its last token.
+        Raises RuntimeError, before anything is stored, if an image fails that `encode` was not called for.
         """
         for reason in self.encode(chunks).values():
-            raise RuntimeError(f"expected the vision tower to encode each image, got {reason}")
+            raise RuntimeError(f"expected images that {reason}")
         for chunk in chunks:
             assert chunk.segment.length == chunk.start, "chunks of a segment come in order"
             chunk.segment.length = chunk.stop
-        plan = self.planner.prefill(chunks)
-        positions = torch.cat([c.segment.source.positions[:, c.span] for c in chunks], dim=1)
+        positions = torch.cat([c.segment.source.positions[:, c.span] for c in chunks], dim=1).to(self.device)
         hidden, deepstack = self._embed(chunks)
-        hidden = self.decoder(hidden, positions.to(self.device), self.kv_pool, plan, decode=False, deepstack=deepstack)
-        end = 0
-        for chunk in chunks:
-            end += chunk.stop - chunk.start
+        if self.staged is None:
+            plans = self.planner.prefill(chunks)
+            hidden = self.decoder(hidden, positions, self.kv_pool, plans, decode=False, deepstack=deepstack)
+        else:
+            hidden, chunks = self.staged(chunks, hidden, positions, deepstack)
+        parts = hidden.split([chunk.stop - chunk.start for chunk in chunks])
+        for chunk, part in zip(chunks, parts, strict=True):
             if not chunk.segment.num_missing:
-                chunk.segment.last_hidden = hidden[end - 1].clone()
-        return hidden
+                chunk.segment.last_hidden = part[-1].clone()
+        return {chunk.segment: part for chunk, part in zip(chunks, parts, strict=True)}
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float [N, hidden] -> float32 [N, vocab]"""
@@ -104,15 +127,19 @@ class Runner:
 
     def first_tokens(self, sequences: list[Sequence]) -> SampleOutput:
         """Draws the first token of samples whose prompt was prefilled."""
+        for group in {sequence.group for sequence in sequences}:
+            tail = group.path[-1].tail
+            if tail is not None:
+                tail.hand_to(group.prompt)
         return self._sample(torch.stack([_last_hidden(sequence.group) for sequence in sequences]), sequences)
 
     def decode(self, sequences: list[Sequence]) -> SampleOutput:
         """Feeds each sequence's last token and draws its next one."""
-        plan = self.planner.decode(sequences)
+        plans = self.planner.decode(sequences)
         tokens = torch.tensor([sequence.token_ids[-1] for sequence in sequences], device=self.device)
         positions = torch.tensor([sequence.next_position for sequence in sequences], device=self.device)
         embedded = F.embedding(tokens, self.weights.embed)
-        hidden = self.decoder(embedded, positions.expand(3, -1), self.kv_pool, plan, decode=True)
+        hidden = self.decoder(embedded, positions.expand(3, -1), self.kv_pool, plans, decode=True)
         for sequence in sequences:
             assert sequence.leaf is not None, sequence.group.request_id
             sequence.leaf.length += 1
@@ -170,9 +197,10 @@ def _last_hidden(group: Group) -> torch.Tensor:
     return hidden
 
 
-def num_pages(spec: ModelSpec, weights: Weights, config: EngineConfig) -> int:
+def num_pages(spec: ModelSpec, weights: Weights, config: EngineConfig, groups: LayerGroups) -> int:
     """How many KV pages the configured memory holds; ValueError if not even one."""
-    page_bytes = 2 * spec.num_layers * config.page_size * spec.num_kv_heads * spec.head_dim * weights.dtype.itemsize
+    token_bytes = 2 * groups.layers_per_page * spec.num_kv_heads * spec.head_dim * weights.dtype.itemsize
+    page_bytes = token_bytes * config.page_size
     budget = config.kv_memory
     if budget is None:
         on_cuda = weights.device.type == "cuda"

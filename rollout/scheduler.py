@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 
 from foveate.rollout.config import EngineConfig
-from foveate.rollout.pages import pages_for
 from foveate.rollout.prefill import Prefill
 from foveate.rollout.processor import Prompt
-from foveate.rollout.segments import Chunk, Segment, SegmentTree, identities, spans
+from foveate.rollout.pruned import adopt
+from foveate.rollout.segments import Chunk, Segment, SegmentTree, identities
 from foveate.rollout.tagged import OUTSIDE, Place, SpanMasks
 from foveate.rollout.text import TextDecoder
 from foveate.rollout.types import FinishReason, Request
@@ -83,7 +83,8 @@ class Group:
     banned: torch.Tensor  # bool [vocab]
     banned_early: torch.Tensor  # bool [vocab], while fewer than min_tokens are drawn
     spans: SpanMasks | None = None  # with SamplingParams.tagged
-    identities: tuple[tuple[int, int], list[bytes]] | None = None  # weight versions, identity of each segment
+    # (weight versions, whether the selection between layers is known), identity of each segment
+    identities: tuple[tuple[tuple[int, int], bool], list[bytes]] | None = None
     sequences: list[Sequence] = field(default_factory=list)
     path: list[Segment] = field(default_factory=list)
     was_admitted: bool = False
@@ -136,11 +137,11 @@ class Scheduler:
         samples, limit = len(group.sequences), self.config.max_sequences
         if samples > limit:
             raise ValueError(f"expected n <= max_sequences = {limit}, got {samples} (n)")
-        size = self.tree.page_size
-        pages = sum(pages_for(stop - start, size) for start, stop in spans(group.prompt))
-        pages += max(sum(pages_for(s.room, size) for s in group.sequences), pages_for(group.max_tokens - 1, size))
-        if pages > self.tree.pool.num_pages:
-            have = f"{self.tree.pool.num_pages} pages of {size} tokens"
+        tree = self.tree
+        pages = sum(tree.prompt_pages(group.prompt))
+        pages += max(sum(tree.pages_for(s.room) for s in group.sequences), tree.pages_for(group.max_tokens - 1))
+        if pages > tree.pool.num_pages:
+            have = f"{tree.pool.num_pages} pages of {tree.page_size} tokens"
             raise ValueError(
                 f"expected a request that fits into {have} of KV memory, got one of {pages} pages (kv_memory)"
             )
@@ -164,9 +165,10 @@ class Scheduler:
         return Batch(decodes, plan.chunks, plan.firsts)
 
     def identify(self, group: Group, versions: tuple[int, int]) -> list[bytes]:
-        """Identity of each segment of the group's prompt; hashed once for a pair of weight versions."""
-        if group.identities is None or group.identities[0] != versions:
-            group.identities = versions, identities(group.prompt, versions)
+        """Identity of each segment of the group's prompt; hashed once for weight versions and what was selected."""
+        key = versions, group.prompt.pruning is not None and bool(group.prompt.pruning.layer_sites)
+        if group.identities is None or group.identities[0] != key:
+            group.identities = key, identities(group.prompt, versions)
         return group.identities[1]
 
     def retire(self) -> list[Group]:
@@ -192,8 +194,8 @@ class Scheduler:
         The last samples of the order give up their pages until the pool could hold the others to their last token.
         Features of images that were embedded in part are dropped if the tower changes: the rest takes new ones.
         """
-        size, pool = self.tree.page_size, self.tree.pool
-        while sum(pages_for(s.group.max_tokens - 1, size) - s.num_pages for s in self.running) > pool.num_free:
+        tree, pool = self.tree, self.tree.pool
+        while sum(tree.pages_for(s.group.max_tokens - 1) - s.num_pages for s in self.running) > pool.num_free:
             self._preempt()
         self._drop_unused_path()
         kept = dict.fromkeys(sequence.group for sequence in self.running)
@@ -221,7 +223,7 @@ class Scheduler:
             leaf = sequence.leaf
             if leaf is None or not sequence.is_ready:
                 continue
-            while self.tree.is_full(leaf) and not self.tree.pool.num_free and sequence.leaf is leaf:
+            while sequence.leaf is leaf and not self.tree.can_grow(leaf):
                 self._preempt()
             if sequence.leaf is leaf:
                 self.tree.grow(leaf)
@@ -256,8 +258,8 @@ class Scheduler:
         wanted = 0 if group.path else self.tree.pages_needed(self.identify(group, versions), group.prompt)
         if group.was_admitted:
             samples = samples[:1]
-            wanted += len(self.running)  # else it would soon be thrown out again
-        wanted += sum(pages_for(sequence.room, self.tree.page_size) for sequence in samples)
+            wanted += self.tree.pages_for(1) * len(self.running)  # else it would soon be thrown out again
+        wanted += sum(self.tree.pages_for(sequence.room) for sequence in samples)
         fits = len(self.running) + len(samples) <= self.config.max_sequences
         return samples if fits and wanted <= self.tree.pool.num_free else []
 
@@ -265,6 +267,8 @@ class Scheduler:
         group = samples[0].group
         if not group.path:
             group.path = self.tree.acquire(self.identify(group, versions), group.prompt)
+            if group.prompt.pruning and group.prompt.pruning.versions is None:
+                group.prompt.pruning.versions = versions
         for sequence in samples:
             sequence.leaf = self.tree.branch(group.path[-1], sequence.room, sequence.stored())
         group.was_admitted = True
@@ -279,5 +283,8 @@ class Scheduler:
 
     def _drop_path(self, group: Group) -> None:
         for segment in group.path:
+            adopt(group.prompt, segment.source)
+            if segment.tail is not None:
+                segment.tail.hand_to(group.prompt)
             self.tree.release(segment)
         group.path, group.is_kept = [], False

@@ -15,10 +15,12 @@ from foveate.rollout.intake import Intake
 from foveate.rollout.logits import TokenCounts, adjust
 from foveate.rollout.models.weights import Weights
 from foveate.rollout.modes import own_modes
-from foveate.rollout.pages import PagePool, pages_for
+from foveate.rollout.prefill import Prefill
 from foveate.rollout.processor import Prompt, PromptProcessor
+from foveate.rollout.pruned import replayed
 from foveate.rollout.runner import Runner
-from foveate.rollout.segments import Chunk, Segment, SegmentTree, identities, spans
+from foveate.rollout.segments import Chunk, Segment, SegmentTree, identities
+from foveate.rollout.tails import check_plan
 from foveate.rollout.types import Request, Rollout, RolloutGroup, VisionInputs
 
 LOGIT_ROWS = 128  # rows of logits alive at once
@@ -43,8 +45,9 @@ class Scoring:
         differentiable. The stored log-probs are not read. A prompt is prefilled once a group, with the segments the
         group records, so that in deterministic mode unchanged weights give the bits of the rollout. May be called while
         requests are unfinished, and takes the KV pages that they leave free; all are given back. Raises ValueError,
-        naming the request, before anything is computed: for a group that failed, was pruned, is of another model, was
-        drawn under several weight versions, or whose prompt and longest completion do not fit into the free pages.
+        naming the request, before anything is computed: for a group that failed, is of another model, was drawn
+        under several weight versions, has a plan that is not its prompt's, or whose prompt and longest completion do
+        not fit into the free pages. Pruned images are pruned as the group's plan says.
         """
         with self._desk.turn():
             self._desk.require_no_step("score")
@@ -52,16 +55,17 @@ class Scoring:
             with own_modes(torch.device("cpu")):
                 jobs = [self._job(group) for group in groups]
             with own_modes(self._weights.device):
-                return _Scorer(self._runner, self._tree.pool, self.config).score(jobs)
+                return _Scorer(self._runner, self._tree, self.config).score(jobs)
 
     def _job(self, group: RolloutGroup) -> _Job:
         require(isinstance(group, RolloutGroup), "a RolloutGroup", group, "groups")
         try:
             prompt = _prompt(group, self._processor)
             for rollout in group.rollouts:
-                _check_rollout(rollout, self._intake.spec.vocab_size, self._intake.max_context - len(group.prompt_ids))
+                _check_rollout(rollout, self._intake.spec.vocab_size, self._intake.max_context - len(prompt.token_ids))
+            check_plan(prompt, self._tree.groups)
             job = _Job(group, prompt, identities(prompt, (0, 0)))
-            free, needed = self._tree.pool.num_free, job.pages(self.config.page_size)
+            free, needed = self._tree.pool.num_free, job.pages(self._tree)
             require(needed <= free, f"{needed} free pages of {self.config.page_size} tokens", free, "kv_memory")
         except ValueError as error:
             name = getattr(group, "request_id", None)
@@ -77,13 +81,12 @@ class _Job:
     prompt: Prompt
     identities: list[bytes]
 
-    def pages(self, page_size: int) -> int:
+    def pages(self, tree: SegmentTree) -> int:
         """Pages that the prompt and the longest completion take; the last token of a completion is never fed."""
         lengths = [len(rollout.token_ids) for rollout in self.group.rollouts]
         if not any(lengths):
             return 0
-        prompt = sum(pages_for(stop - start, page_size) for start, stop in spans(self.prompt))
-        return prompt + pages_for(max(lengths) - 1, page_size)
+        return sum(tree.prompt_pages(self.prompt)) + tree.pages_for(max(lengths) - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +107,10 @@ class _Scorer:
     Its tree is its own: segments of running requests may be half-way through their prefill, or of older weights.
     """
 
-    def __init__(self, runner: Runner, pool: PagePool, config: EngineConfig):
+    def __init__(self, runner: Runner, tree: SegmentTree, config: EngineConfig):
         self.runner = runner
         self.config = config
-        self.tree = SegmentTree(pool, config.page_size)
+        self.tree = SegmentTree(tree.pool, tree.page_size, tree.groups)
         self.path: list[Segment] = []  # of the job at hand
         self.ended: list[Segment] = []  # held until what is laid out has run
         self.missing: dict[Segment, None] = {}  # to prefill, parents before their children
@@ -129,7 +132,7 @@ class _Scorer:
 
     def _lay_out(self, job: _Job, rollout: Rollout, out: list[torch.Tensor], index: int) -> None:
         count = len(rollout.token_ids) - 1
-        pages, tokens = pages_for(count, self.config.page_size), count
+        pages, tokens = self.tree.pages_for(count), count
         if not self.path:
             pages += self.tree.pages_needed(job.identities, job.prompt)
             tokens += len(job.prompt.token_ids)
@@ -150,10 +153,9 @@ class _Scorer:
         """Prefills what is missing, scores what is laid out, and gives up what has ended."""
         hidden: dict[Segment, list[torch.Tensor]] = {segment: [] for segment in self.missing}
         for chunks in _cut(self.missing, self.config.max_batch_tokens):
-            parts = self.runner.forward(chunks).split([chunk.stop - chunk.start for chunk in chunks])
-            for chunk, part in zip(chunks, parts, strict=True):
-                if chunk.segment.identity is None:  # of a completion; of a prompt only the last token predicts one
-                    hidden[chunk.segment].append(part)
+            for segment, part in self.runner.forward(chunks).items():
+                if segment.identity is None:  # of a completion; of a prompt only the last token predicts one
+                    hidden[segment].append(part)
         rows = []
         for completion in self.completions:
             assert completion.root.last_hidden is not None, completion.job.group.request_id
@@ -218,7 +220,6 @@ def _prompt(group: RolloutGroup, processor: PromptProcessor) -> Prompt:
     """The prompt as it was prefilled: recorded positions and boundaries, images found again by their placeholders."""
     require(group.error is None, "a group without an error", group.error, "group.error")
     require(not group.kept_versions, "keys and values of one weight version", group.kept_versions, "kept_versions")
-    require(group.keep is None, "a group without pruning", "a KeepPlan", "group.keep")
     vision = None
     if group.pixel_values is not None:
         if group.image_grid_thw is None:
@@ -230,7 +231,9 @@ def _prompt(group: RolloutGroup, processor: PromptProcessor) -> Prompt:
     whole = sum(lengths) == length and min(lengths) > 0 if lengths else True
     require(whole, f"positive lengths that sum to {length}", lengths, "group.segments")
     ends = torch.tensor(lengths or [length]).cumsum(0).tolist()
-    return replace(prompt, positions=positions.long().cpu(), next_position=group.next_position, boundaries=tuple(ends))
+    positions = positions.long().cpu()
+    prompt = replace(prompt, positions=positions, next_position=group.next_position, boundaries=tuple(ends))
+    return prompt if group.keep is None else replayed(prompt, group.keep)
 
 
 def _check_rollout(rollout: Rollout, vocab_size: int, room: int) -> None:
@@ -254,18 +257,12 @@ def _fed(prompt: Prompt, rollout: Rollout) -> Prompt:
 
 
 def _cut(segments: Iterable[Segment], budget: int) -> Iterator[list[Chunk]]:
-    """Chunks of whole segments in order, `budget` tokens a step."""
-    chunks: list[Chunk] = []
-    room = budget
-    for segment in segments:
-        start, end = 0, segment.num_missing
-        while start < end:
-            stop = min(end, start + room)
-            chunks.append(Chunk(segment, start, stop))
-            room -= stop - start
-            start = stop
-            if not room:
-                yield chunks
-                chunks, room = [], budget
-    if chunks:
-        yield chunks
+    """Chunks of whole segments in order, `budget` tokens a step, each to be computed before the next is asked for."""
+    segments = list(segments)
+    while segments:
+        step = Prefill(budget)
+        for segment in segments:
+            if not step.complete(segment):
+                break
+        yield step.chunks
+        segments = [segment for segment in segments if segment.num_missing]

@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
+from foveate.rollout.layer_groups import ONE_GROUP, LayerGroups
 from foveate.rollout.pages import PagePool, pages_for
 from foveate.rollout.processor import Prompt
+from foveate.rollout.tails import Tail, fingerprint, is_pruned_inside, tail_of
 
 
 @dataclass(eq=False)
 class Segment:
-    """Consecutive tokens whose keys and values lie in `pages`; a child continues where its parent ends.
+    """Consecutive tokens whose keys and values lie in the pages of `tables`; a child continues where its parent ends.
 
     identity: hash of parent identity, tokens, positions, images and weight versions; None for a completion,
-    which nobody shares. length: tokens stored so far. refs: requests and child segments that hold it.
+    which nobody shares. tables: pages by block of layers (`LayerGroups`), one table without pruning between layers.
+    length: tokens stored so far, in the first layer group. refs: requests and child segments that hold it.
     features: float [tokens, hidden] by content hash, of images whose tokens were embedded in part.
     last_hidden: float [hidden], the final hidden state of its last token, once computed.
+    tail, held: of a segment that loses tokens between layers, its prompt's tail and its tokens by layer group.
     """
 
     parent: Segment | None
     identity: bytes | None
-    pages: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=lambda: [[]])
     length: int = 0
     refs: int = 1
     prompt: Prompt | None = None  # where tokens to prefill come from
     span: tuple[int, int] = (0, 0)  # those tokens in that prompt
     features: dict[bytes, torch.Tensor] = field(default_factory=dict)
     last_hidden: torch.Tensor | None = None
+    tail: Tail | None = None
+    held: tuple[int, ...] = ()
+
+    @property
+    def pages(self) -> list[int]:
+        """All its pages."""
+        return self.tables[0] if len(self.tables) == 1 else [page for table in self.tables for page in table]
 
     @property
     def source(self) -> Prompt:
@@ -42,6 +54,17 @@ class Segment:
     def num_missing(self) -> int:
         """Tokens still to prefill."""
         return max(0, self.span[1] - self.span[0] - self.length)
+
+    @property
+    def ends_tail(self) -> bool:
+        """Whether it is the last segment of a prompt that is pruned inside the language model."""
+        return self.tail is not None and self.span[1] == len(self.tail.prompt.token_ids)
+
+    def stored(self, group: int) -> int:
+        """Tokens whose keys and values the layers of a group hold."""
+        if group == 0 or self.tail is None:
+            return self.length
+        return self.held[group] if self.tail.is_complete else 0
 
     def path(self) -> list[Segment]:
         """From the root to this segment."""
@@ -69,29 +92,45 @@ class Chunk(NamedTuple):
 class SegmentTree:
     """Allocates segments from the page pool, finds equal prompt segments, frees what nobody holds."""
 
-    def __init__(self, pool: PagePool, page_size: int):
+    def __init__(self, pool: PagePool, page_size: int, groups: LayerGroups = ONE_GROUP):
         self.pool = pool
         self.page_size = page_size
+        self.groups = groups
         self.num_shared = 0  # prompt segments that were found, not made
         self._by_identity: dict[bytes, Segment] = {}
 
+    @property
+    def held_bytes(self) -> int:
+        """Hidden states that wait for the last token of their prompt."""
+        return sum({id(s.tail): s.tail.held_bytes for s in self._by_identity.values() if s.tail}.values())
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that hold so many tokens in all layers."""
+        return self.groups.num_blocks * pages_for(tokens, self.page_size)
+
+    def prompt_pages(self, prompt: Prompt) -> list[int]:
+        """Pages of each segment of a prompt."""
+        tail = tail_of(prompt, self.groups)
+        return [sum(self._table_sizes(span, _within(tail, span))) for span in spans(prompt)]
+
     def pages_needed(self, identities: list[bytes], prompt: Prompt) -> int:
         """Pages that `acquire` would take for this prompt now."""
-        return sum(
-            pages_for(stop - start, self.page_size)
-            for identity, (start, stop) in zip(identities, spans(prompt), strict=True)
-            if identity not in self._by_identity
-        )
+        sizes = self.prompt_pages(prompt)
+        return sum(n for identity, n in zip(identities, sizes, strict=True) if identity not in self._by_identity)
 
     def acquire(self, identities: list[bytes], prompt: Prompt) -> list[Segment]:
         """The prompt's segments, root first: those that exist, then new ones with pages and no KV yet."""
         path: list[Segment] = []
-        for identity, (start, stop) in zip(identities, spans(prompt), strict=True):
+        tail = tail_of(prompt, self.groups)
+        for identity, span in zip(identities, spans(prompt), strict=True):
             parent = path[-1] if path else None
             segment = self._by_identity.get(identity)
             if segment is None:
-                pages = self.pool.allocate(pages_for(stop - start, self.page_size))
-                segment = Segment(parent, identity, pages, refs=0, prompt=prompt, span=(start, stop))
+                own = _within(tail, span)
+                tables = self._allocate(self._table_sizes(span, own))
+                segment = Segment(parent, identity, tables, refs=0, prompt=prompt, span=span)
+                if own is not None:
+                    segment.tail, segment.held = own, own.tokens(span)
                 self._by_identity[identity] = segment
                 if parent is not None:
                     parent.refs += 1
@@ -107,18 +146,23 @@ class SegmentTree:
         again: tokens to prefill, those that a sample had stored before its pages were taken.
         """
         span = (0, 0 if again is None else len(again.token_ids))
-        pages = self.pool.allocate(pages_for(room, self.page_size))
+        tables = self._allocate([pages_for(room, self.page_size)] * self.groups.num_blocks)
         parent.refs += 1
-        return Segment(parent, identity=None, pages=pages, prompt=again, span=span)
+        return Segment(parent, identity=None, tables=tables, prompt=again, span=span)
 
     def is_full(self, segment: Segment) -> bool:
-        """Whether one more token takes another page."""
-        return segment.length == len(segment.pages) * self.page_size
+        """Whether one more token of a completion takes more pages, one a block."""
+        return segment.length == len(segment.tables[0]) * self.page_size
+
+    def can_grow(self, segment: Segment) -> bool:
+        """Whether there is room for one more token, or the pages for it."""
+        return self.pool.num_free >= self.groups.num_blocks or not self.is_full(segment)
 
     def grow(self, segment: Segment) -> None:
         """Makes room for one more token."""
         if self.is_full(segment):
-            segment.pages.extend(self.pool.allocate(1))
+            for table, page in zip(segment.tables, self.pool.allocate(self.groups.num_blocks), strict=True):
+                table.append(page)
 
     def release(self, segment: Segment) -> None:
         """Drops one hold; a segment that nobody holds gives its pages back, and its hold on the parent."""
@@ -129,25 +173,55 @@ class SegmentTree:
             if held.refs:
                 return
             self.pool.free(held.pages)
-            held.pages = []
+            held.tables = [[] for _ in held.tables]
             if held.identity is not None:
                 del self._by_identity[held.identity]
             held = held.parent
 
+    def _table_sizes(self, span: tuple[int, int], tail: Tail | None) -> list[int]:
+        """Pages by block of a segment of a prompt."""
+        if tail is None:
+            return [pages_for(span[1] - span[0], self.page_size)] * self.groups.num_blocks
+        sizes = zip(tail.tokens(span), self.groups.blocks, strict=True)
+        return [pages_for(tokens, self.page_size) for tokens, blocks in sizes for _ in blocks]
+
+    def _allocate(self, sizes: list[int]) -> list[list[int]]:
+        """Tables of so many pages; all or none."""
+        pages = self.pool.allocate(sum(sizes))
+        if len(sizes) == 1:
+            return [pages]
+        ends = list(accumulate(sizes))
+        return [pages[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
 
 def identities(prompt: Prompt, versions: tuple[int, int]) -> list[bytes]:
-    """Identity of each segment of a prompt under (language, vision) weight versions."""
+    """Identity of each segment of a prompt under (language, vision) weight versions.
+
+    Of a pruned prompt that of all its tokens, and of the selections from its images. What is pruned between layers
+    depends on the prompt's last token: there, from the first image on, on the whole prompt.
+    """
     result, parent = [], repr(versions).encode()
-    for start, stop in spans(prompt):
+    full = prompt.pruning.full if prompt.pruning else prompt
+    whole = fingerprint(prompt) if is_pruned_inside(prompt) else b""
+    for start, stop in spans(full):
         digest = hashlib.blake2b(parent, digest_size=16)
-        digest.update(prompt.token_ids[start:stop].numpy().data)
-        digest.update(prompt.positions[:, start:stop].contiguous().numpy().data)
-        for image in prompt.images:
+        if whole and full.images[0].start < stop:
+            digest.update(whole)
+        digest.update(full.token_ids[start:stop].numpy().data)
+        digest.update(full.positions[:, start:stop].contiguous().numpy().data)
+        for image in full.images:
             if start <= image.start < stop:
                 digest.update(image.content_hash)
+                if prompt.pruning:
+                    digest.update(prompt.pruning.key(image, versions[1]))
         parent = digest.digest()
         result.append(parent)
     return result
+
+
+def _within(tail: Tail | None, span: tuple[int, int]) -> Tail | None:
+    """The tail of a prompt, for a segment that belongs to it."""
+    return tail if tail is not None and tail.prompt.images[0].start < span[1] else None
 
 
 def spans(prompt: Prompt) -> list[tuple[int, int]]:

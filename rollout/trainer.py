@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
@@ -15,24 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.kernels.policy_loss import group_advantage
-from foveate.rollout import checkpoint, grpo, metrics, parallel, resumption
+from foveate.rollout import checkpoint, metrics, parallel, resumption, schedules
+from foveate.rollout.batch import make_batch
+from foveate.rollout.collect import Collector, seed_of
 from foveate.rollout.config import require
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
-from foveate.rollout.learner import Batch, Learner
-from foveate.rollout.policy import Sample, check_trainable
-from foveate.rollout.reward_pool import RewardPool
+from foveate.rollout.learner import Learner
 from foveate.rollout.rewards import RewardTable
-from foveate.rollout.rewards.base import numbers
 from foveate.rollout.types import Request, RolloutGroup
-
-logger = logging.getLogger("foveate.trainer")
 
 
 @dataclass(frozen=True, eq=False)
 class StepRecord:
-    """What one step made. tables: the rewards of each group, None for a request that failed.
+    """What one step learnt from. tables: the rewards of each group, None for a request that failed.
 
     With several ranks (`foveate.rollout.parallel`) groups and tables are this rank's, metrics are of all.
     """
@@ -48,7 +42,7 @@ class Trainer:
 
     model: the module the engine was made with. reward: a group's `RewardTable` (`foveate.rollout.rewards`), a function
     of the group alone; it is called as groups finish, see `GRPOConfig.reward_workers`.
-    ref_model: the frozen policy of the KL term, needed where kl_coef > 0. evaluate: called with the step count after
+    ref_model: the frozen policy of the KL term, where that has a weight. evaluate: called with the step count after
     every eval_every steps; its floats are reported as eval/<key>. output_dir: metrics.jsonl and checkpoints go there.
     callbacks: called with each `StepRecord`. In a process group every rank makes a trainer and calls the same methods
     with the same prompts; each rolls out its share, and rank 0 alone writes (`foveate.rollout.parallel`). Raises
@@ -70,15 +64,18 @@ class Trainer:
     ):
         self.config = config = config or GRPOConfig()
         require(engine.model is model, "an engine made with this model", type(engine.model).__name__, "engine")
-        require(config.kl_coef == 0 or ref_model is not None, "a model for kl_coef > 0", None, "ref_model")
+        require(not config.needs_reference or ref_model is not None, "a model for kl_coef > 0", None, "ref_model")
         require(config.save_every == 0 or output_dir is not None, "a path for save_every > 0", None, "output_dir")
         require(config.eval_every == 0 or evaluate is not None, "a function for eval_every > 0", None, "evaluate")
+        self._weights: Mapping[str, float] | None = getattr(reward, "weights", None)
+        weighted = config.of_kind("advantage") != "gdpo" or self._weights is not None
+        require(weighted, "a WeightedReward for advantage 'gdpo'", type(reward).__name__, "reward")
         metrics.check_extras(config.progress, config.tensorboard)
         self.model, self.engine, self.reward, self.ref_model = model, engine, reward, ref_model
         self.learner = Learner(model, ref_model, config)
         self.evaluate, self.callbacks = evaluate, list(callbacks)
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self.step = 0
+        self.step, self.num_prompts = 0, 0  # prompts asked so far, dynamic sampling's included
         self._prompts: Callable[[], str | None] = lambda: None  # fingerprint of the whole data, where that is known
         self._begun_with: str | None = None  # the same of the run whose checkpoint was loaded
 
@@ -86,16 +83,16 @@ class Trainer:
         """Runs until max_steps, or once through the prompts.
 
         A sequence is shuffled anew each epoch, by (seed, epoch), and continues at the current step; any other
-        iterable is consumed in order, and after a resume the caller hands over what is left. Raises ValueError for
-        another sequence than that of the run whose checkpoint was loaded.
+        iterable is consumed in order, and after a resume the caller hands over what is left after `num_prompts`. Raises
+        ValueError for another sequence than that of the run whose checkpoint was loaded.
         """
         config, total = self.config, self._num_steps(prompts)
         self.identify(prompts)
         same = self._prompts() if parallel.size() > 1 else None
         parallel.check_same(config=config, step=self.step, prompts=same, weights=parallel.fingerprint(self.model))
         with self._log(total) as log:
-            for requests in self._batches(prompts):
-                record = self.train_step(requests)
+            for requests, more in self._batches(prompts):
+                record = self.train_step(requests, more)
                 if config.eval_every and self.step % config.eval_every == 0:
                     record.metrics.update({f"eval/{key}": value for key, value in self._evaluate().items()})
                 log.write(self.step, record.metrics)
@@ -104,26 +101,31 @@ class Trainer:
                 if config.save_every and self.step % config.save_every == 0:
                     self.save_checkpoint(self.output_dir / f"step-{self.step}")  # type: ignore[operator]
 
-    def train_step(self, requests: Sequence[Request]) -> StepRecord:
-        """One rollout batch and its updates: generate and reward, update, tell the engine."""
-        if parallel.size() > 1:
-            parallel.check_same(requests=resumption.prompt_fingerprint(requests))
+    def train_step(self, requests: Sequence[Request], more: Iterable[Request] = ()) -> StepRecord:
+        """One rollout batch and its updates: generate and reward, update, tell the engine.
+
+        more: where dynamic sampling finds prompts in place of those of `requests` that teach nothing.
+        """
         clock = metrics.Clock()
-        groups, tables = self._rollout(requests, clock)
-        batch = self._batch(groups, tables)
+        found = Collector(self.engine, self.reward, self.config, clock).collect(requests, self.step, iter(more))
+        batch = make_batch(found.groups, found.tables, self.config, self._weights)
+        rate, kl_coef = (schedule(self.config, self.step) for schedule in (schedules.learning_rate, schedules.kl_coef))
         with clock.phase("update"):
-            report = self.learner.update(batch, grpo.learning_rate(self.config, self.step))
+            report = self.learner.update(batch, rate, kl_coef)
         with clock.phase("sync"):
             self.engine.update_weights()
         self.step += 1
-        everyone = parallel.gather(tables).items
+        self.num_prompts += found.num_prompts
+        everyone = parallel.gather(found.scored).items
         rollouts = [sample.rollout for sample in batch.samples]
         ends = parallel.gather([(len(rollout.token_ids), rollout.finish_reason) for rollout in rollouts]).items
         report |= metrics.reward_metrics([table for table in everyone if table is not None])
         report |= metrics.completion_metrics(ends)
         report |= clock.metrics(sum(length for length, _ in ends))
         report |= {"step": float(self.step), "group/failed": float(everyone.count(None))}
-        return StepRecord(self.step, groups, tables, report)
+        if self.config.sampling_rounds:
+            report |= {"group/drawn": float(found.num_prompts), "group/rounds": float(found.rounds)}
+        return StepRecord(self.step, found.groups, found.tables, report)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -137,6 +139,7 @@ class Trainer:
         """
         state = {
             "step": self.step,
+            "num_prompts": self.num_prompts,
             "num_requests": parallel.gather([self.engine.num_requests]).items,
             "settings": self.settings,
             "prompts": self._prompts(),
@@ -151,7 +154,8 @@ class Trainer:
         state = checkpoint.read_state(Path(directory))
         resumption.check_settings(state["settings"], self.settings)
         checkpoint.load(Path(directory), self.model, self.learner.optimizer)
-        self.step, self.engine.num_requests = state["step"], state["num_requests"][parallel.rank()]
+        self.step, self.num_prompts = state["step"], state["num_prompts"]
+        self.engine.num_requests = state["num_requests"][parallel.rank()]
         self._begun_with = state["prompts"]
         self._prompts = lambda: state["prompts"]
         self.engine.update_weights()
@@ -171,87 +175,29 @@ class Trainer:
         """Of its weights, which do not change."""
         return None if self.ref_model is None else resumption.checksum(dict(self.ref_model.named_parameters()))
 
-    def _rollout(
-        self, requests: Sequence[Request], clock: metrics.Clock
-    ) -> tuple[list[RolloutGroup], list[RewardTable | None]]:
-        """Groups in request order and their rewards, None for a request that failed."""
-        for index, request in enumerate(requests):
-            check_trainable(request, request.request_id or f"prompts[{index}]")
-        requests = parallel.share(self._seeded(requests))
-        places = {id(request): index for index, request in enumerate(requests)}
-        groups: dict[int, RolloutGroup] = {}
-        with RewardPool(self._score, self.config.reward_workers) as pool:
-            with clock.phase("rollout"):
-                for group in self.engine.stream(requests):
-                    index = places[id(group.request)]
-                    groups[index] = group
-                    if group.error is None:
-                        pool.submit(index, group)
-            with clock.phase("reward"):
-                tables = pool.results()
-        order = range(len(requests))
-        return [groups[index] for index in order], [tables.get(index) for index in order]
-
-    def _score(self, group: RolloutGroup) -> RewardTable:
-        """The group's rewards, with None for a rollout that has no tokens to learn from."""
-        table = self.reward(group)
-        name, count = f"reward of request {group.request_id!r}", len(group.rollouts)
-        require(len(table.totals) == count, f"{count} totals", len(table.totals), name)
-        parts = {part: numbers(values, f"{name}, {part}") for part, values in table.parts.items()}
-        table = RewardTable(parts, numbers(table.totals, name))
-        for part, values in {**table.parts, "total": table.totals}.items():
-            finite = all(value is None or math.isfinite(value) for value in values)
-            require(finite, f"finite values of {part!r} or None", values, name)
-        learnable = [len(r.token_ids) > 0 and r.finish_reason != "error" for r in group.rollouts]
-        totals = [total if ok else None for total, ok in zip(table.totals, learnable, strict=True)]
-        return replace(table, totals=totals)
-
-    def _batch(self, groups: Sequence[RolloutGroup], tables: Sequence[RewardTable | None]) -> Batch:
-        samples: list[Sample] = []
-        totals: list[float | None] = []
-        offsets = [0]
-        for group, table in zip(groups, tables, strict=True):
-            if table is None:
-                logger.warning("request %r failed and is skipped: %s", group.request_id, group.error)
-                continue
-            for rollout, total in zip(group.rollouts, table.totals, strict=True):
-                if len(rollout.token_ids):
-                    samples.append(Sample(group, rollout))
-                    totals.append(total)
-            offsets.append(len(samples))
-        if not any(parallel.gather([bool(samples)]).items):
-            errors = [group.error for group in groups if group.error]
-            raise RuntimeError(f"expected rollouts to learn from, got none of {len(groups)} requests: {errors[:1]}")
-        advantages = group_advantage(
-            torch.tensor([0.0 if total is None else total for total in totals], dtype=torch.float64),
-            torch.tensor(offsets, dtype=torch.int32),
-            ddof=self.config.advantage_ddof,
-            eps=self.config.advantage_eps,
-            scorable=torch.tensor([total is not None for total in totals], dtype=torch.bool),
-        )
-        # Samples without a reward teach nothing, and take no weight from those that do.
-        taught = [index for index, total in enumerate(totals) if total is not None]
-        weights = torch.zeros(len(samples))
-        lengths = parallel.gather([len(samples[index].rollout.token_ids) for index in taught])
-        if taught:
-            options = self.config.aggregation, self.config.aggregation_length
-            weights[taught] = grpo.sample_weights(torch.tensor(lengths.items), *options)[lengths.own]
-        return Batch(samples, advantages, weights)
-
-    def _batches(self, prompts: Sequence[Request] | Iterable[Request]) -> Iterator[list[Request]]:
+    def _batches(
+        self, prompts: Sequence[Request] | Iterable[Request]
+    ) -> Iterator[tuple[list[Request], Iterator[Request]]]:
+        """The prompts of each step, and those that may take their place."""
         size, limit = self.config.prompts_per_step, self.config.max_steps
         if not isinstance(prompts, Sequence):
             iterator = iter(prompts)
             while (limit is None or self.step < limit) and (batch := list(islice(iterator, size))):
-                yield batch
+                yield batch, iterator
             return
         require(len(prompts) > 0, "at least one request", 0, "prompts")
         per_epoch = math.ceil(len(prompts) / size)
         while self.step < (limit or per_epoch):
             epoch, index = divmod(self.step, per_epoch)
-            generator = torch.Generator().manual_seed(_seed(self.config.seed, "epoch", epoch))
-            order = torch.randperm(len(prompts), generator=generator).tolist()
-            yield [prompts[i] for i in order[index * size : (index + 1) * size]]
+            order = self._order(len(prompts), "epoch", epoch)
+            chosen = order[index * size : (index + 1) * size]
+            # Of the step alone: a run that is resumed draws the same, and every epoch still has each prompt once.
+            others = [place for place in self._order(len(prompts), "more", self.step) if place not in set(chosen)]
+            yield [prompts[place] for place in chosen], (prompts[place] for place in others)
+
+    def _order(self, count: int, *of: object) -> list[int]:
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, *of))
+        return torch.randperm(count, generator=generator).tolist()
 
     def _log(self, total: int | None) -> metrics.MetricsLog:
         config = self.config
@@ -266,26 +212,7 @@ class Trainer:
             return self.config.max_steps
         return math.ceil(len(prompts) / self.config.prompts_per_step)
 
-    def _seeded(self, requests: Sequence[Request]) -> list[Request]:
-        """Gives each request without a seed one of (seed, step, place): rollouts do not depend on evaluations.
-
-        All are copies, so that a group tells its place even where one request comes twice.
-        """
-        seeds = [
-            _seed(self.config.seed, self.step, index) if request.sampling.seed is None else request.sampling.seed
-            for index, request in enumerate(requests)
-        ]
-        return [
-            replace(request, sampling=replace(request.sampling, seed=seed))
-            for request, seed in zip(requests, seeds, strict=True)
-        ]
-
     def _evaluate(self) -> dict[str, float]:
         assert self.evaluate is not None
         with torch.no_grad():
             return {key: float(value) for key, value in self.evaluate(self.step).items()}
-
-
-def _seed(*parts: object) -> int:
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from foveate.rollout.config import SamplingParams, is_int, plain_scalars, require
+from foveate.rollout.pruning import PruneConfig
 
 MAX_SAMPLES = 1 << 16  # of a request; each takes memory even if the request is refused
 LONGEST_ID = 1000  # characters; errors repeat the id
@@ -37,7 +38,9 @@ class Request:
     images: PIL images, arrays uint8 [height, width, 3], paths or files' bytes, in the order of their placeholders.
     vision: ready image inputs instead of `images`. prefix_len: tokens at the start of the prompt that other
     requests share; None takes the end of a leading system message. request_id: None lets the engine name it.
-    metadata: the caller's own, handed back with the group (rewards read it).
+    prune: how the images are pruned before the language model; "default" is `EngineConfig.prune`, None not at all. What
+    prunes inside the language model is the engine's alone. metadata: the caller's own, handed back with the group
+    (rewards read it).
     """
 
     prompt: str | Sequence[int] | Sequence[Mapping[str, Any]] | torch.Tensor | np.ndarray
@@ -47,6 +50,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     request_id: str | None = None
     prefix_len: int | None = None
+    prune: PruneConfig | Literal["default"] | None = "default"
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,6 +69,9 @@ class Request:
         require(one_kind, f"{name}images or vision, not both", len(images), "images")
         prefix = self.prefix_len
         require(prefix is None or (is_int(prefix) and prefix >= 0), f"{name}an int >= 0", prefix, "prefix_len")
+        prune = self.prune
+        known = prune is None or isinstance(prune, PruneConfig) or (isinstance(prune, str) and prune == "default")
+        require(known, f"{name}a PruneConfig, 'default' or None", prune, "prune")
         require(isinstance(self.metadata, Mapping), f"{name}a mapping", self.metadata, "metadata")
 
 
@@ -99,10 +106,13 @@ class Rollout:
 class SiteKeep:
     """What one pruning site kept of a prompt's image tokens. CPU tensors.
 
-    kind: "patch", "encoder" or "layer". layer: first decoder layer that no longer sees the dropped tokens.
-    num_tokens: int32 [images]. kept: int32 [K], image-local indices of merged tokens in raster order,
-    ascending; kept_offsets: int32 [images + 1]. merge_offsets, merge_source: int32 and merge_weight:
-    float32 where tokens were merged, else None.
+    kind: "patch", "encoder" or "layer". layer: first decoder layer that no longer sees the dropped tokens, 0 for the
+    encoder. num_tokens: int32 [images], an image's tokens before any pruning. kept: int32 [K], image-local indices of
+    merged tokens in raster order, ascending; kept_offsets: int32 [images + 1].
+
+    Where tokens were merged, else None: merge_offsets: int32 [K + 1], merge_source: int32, image-local, merge_weight:
+    float32. Kept token j has the features sum of weight * features[source] over its stretch of sources, in float32 and
+    of every deepstack level alike, and its own where that stretch is empty.
     """
 
     kind: Literal["patch", "encoder", "layer"]
@@ -119,8 +129,9 @@ class SiteKeep:
 class KeepPlan:
     """The policy that pruning chose for one prompt, to be replayed by a trainer and never recomputed.
 
-    positions: int32 [3, P'], original positions of the prompt tokens that enter layer 0. next_position:
-    where text continues.
+    config_hash: `PruneConfig.config_hash`. positions: int32 [3, P'], original positions of the prompt tokens that enter
+    layer 0: all of them, or without those that an encoder site dropped. next_position: where text continues, as without
+    pruning. language_version, vision_version: weights with which the prompt was first computed.
     """
 
     config_hash: str
@@ -139,7 +150,9 @@ class RolloutGroup:
     prompt_ids: int64 [P], placeholders expanded. prompt_positions: int32 [3, P] (time, height, width; equal
     planes for text). next_position: position of the first completion token. image_grid_thw: int64 [images, 3].
     pixel_values: the patches the tower saw, None without images. segments: int32, lengths of the prompt's
-    segments. keep: what pruning kept, None without pruning. error: why this request failed, else None.
+    segments. All of them are those of the whole prompt, as a trainer's processor makes it, whatever was pruned. keep:
+    what pruning kept of it, None without pruning, after an error, and where an abort came before its images were
+    encoded. error: why this request failed, else None.
     kept_versions: versions of the weights before updates over which its keys and values were kept.
     """
 

@@ -62,5 +62,5 @@ def _begin_version(engine: Engine, changes_vision: bool) -> int:
     versions.weights += 1
     if vision is not None:
         versions.vision += 1
-        vision.clear()
+        vision.clear(versions.vision)
     return versions.weights

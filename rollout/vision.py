@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,18 +12,29 @@ from torch import nn
 
 from foveate.rollout.models.spec import Deepstack, VisionSpec
 from foveate.rollout.processor import ImageInput
+from foveate.rollout.pruners.protocol import TowerAttention
 
 
 class _Entry:
-    """Features in the cache, and the one view of them that was handed out and whose holders use them."""
+    """Features in the cache, and the one view of them that was handed out and whose holders use them.
 
-    def __init__(self, features: torch.Tensor):
+    is_alone: no other image passed the tower with it. attention: what the tower's attention said, if it was asked.
+    """
+
+    def __init__(self, features: torch.Tensor, is_alone: bool, attention: TowerAttention | None):
         self.features = features
+        self.is_alone = is_alone
+        self.attention = attention
         self.view: weakref.ref[torch.Tensor] | None = None
 
     @property
     def in_use(self) -> bool:
         return self.view is not None and self.view() is not None
+
+    @property
+    def nbytes(self) -> int:
+        extra = (self.attention.scores, self.attention.keys) if self.attention else ()
+        return sum(tensor.nbytes for tensor in (self.features, *extra))
 
 
 class VisionEncoder:
@@ -32,49 +43,101 @@ class VisionEncoder:
     Features are in use while anyone holds the tensor that `encode` returned. Those are never evicted, so that the
     cache exceeds its budget where they alone do; it shrinks as soon as they are let go. The tower runs in eval mode,
     whatever mode a trainer has left it in: dropout must not stay in what is kept. each_alone: images pass the tower one
-    by one, so that features do not depend on which came together.
+    by one, so that features do not depend on which came together. backend: of `foveate.kernels.vision_prune`.
     """
 
-    def __init__(self, spec: VisionSpec, dtype: torch.dtype, cache_bytes: int, each_alone: bool = False):
+    def __init__(
+        self,
+        spec: VisionSpec,
+        dtype: torch.dtype,
+        cache_bytes: int,
+        each_alone: bool = False,
+        backend: str | None = None,
+    ):
         self.spec = spec
         self.dtype = dtype
         self.cache_bytes = cache_bytes
         self.each_alone = each_alone
+        self.backend = backend
+        self.version = 0  # of the tower's weights
         self.used_bytes = 0
         self.num_encoded = 0
         self.num_hits = 0
         self.num_evicted = 0
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
 
-    def encode(self, images: Iterable[ImageInput]) -> dict[bytes, torch.Tensor]:
-        """-> float [tokens, 1 + num_deepstack, hidden] by content hash, equal images encoded once."""
-        wanted = {image.content_hash: image for image in images}
-        features = {key: self._hand_out(key) for key in wanted if key in self._entries}
+    def encode(
+        self, images: Iterable[ImageInput], selected: Mapping[bytes, bool] | None = None
+    ) -> dict[bytes, torch.Tensor]:
+        """-> float [tokens, 1 + num_deepstack, hidden] by content hash, equal images encoded once.
+
+        selected: content hashes of images whose tokens are about to be selected, and whether by the tower's attention.
+        They pass the tower one by one, so that what is selected does not depend on which images came together.
+        """
+        wanted, selected = {image.content_hash: image for image in images}, selected or {}
+        features = {key: self._hand_out(key) for key in wanted if self._serves(key, selected)}
         num_hits = len(features)
         missing = [image for key, image in wanted.items() if key not in features]
-        if missing:
-            batches = [[image] for image in missing] if self.each_alone else [missing]
-            encoded = [feature for batch in batches for feature in self._run_tower(batch)]
-            for image, feature in zip(missing, encoded, strict=True):
-                entry = self._entries[image.content_hash] = _Entry(feature.to(self.dtype))
-                self.used_bytes += entry.features.nbytes
-                features[image.content_hash] = self._hand_out(image.content_hash)
-            self.num_encoded += len(missing)
-            self._trim()
+        for image, entry in self._entries_of(missing, selected):
+            self._store(image.content_hash, entry)
+            features[image.content_hash] = self._hand_out(image.content_hash)
+        self.num_encoded += len(missing)
+        self._trim()
         self.num_hits += num_hits  # nothing is counted if the tower fails
         return features
 
-    def clear(self) -> None:
-        """Forgets all features, as after a change of the tower's weights."""
+    def attention_of(self, content_hash: bytes) -> TowerAttention | None:
+        """What the tower's attention said about an image whose features are held."""
+        return self._entries[content_hash].attention
+
+    def clear(self, version: int | None = None) -> None:
+        """Forgets all features, as after a change of the tower's weights; version: of the new ones."""
         self._entries.clear()
         self.used_bytes = 0
+        self.version = self.version if version is None else version
+
+    def _serves(self, key: bytes, selected: Mapping[bytes, bool]) -> bool:
+        """Whether the cache holds what is asked for."""
+        entry = self._entries.get(key)
+        if entry is None or key not in selected:
+            return entry is not None
+        return entry.is_alone and (entry.attention is not None or not selected[key])
+
+    def _store(self, key: bytes, entry: _Entry) -> None:
+        if key in self._entries:
+            self.used_bytes -= self._entries[key].nbytes
+        self._entries[key] = entry
+        self.used_bytes += entry.nbytes
+
+    def _entries_of(self, images: list[ImageInput], selected: Mapping[bytes, bool]) -> list[tuple[ImageInput, _Entry]]:
+        """What the tower gives for images, before any of it is stored."""
+        batches: list[list[ImageInput]] = []  # that pass the tower together
+        shared, made = [], []
+        for image in images:
+            if selected.get(image.content_hash):
+                feature, attention = self._run_attended(image)
+                made.append((image, _Entry(feature.to(self.dtype), True, attention)))
+            elif self.each_alone or image.content_hash in selected:
+                batches.append([image])
+            else:
+                shared.append(image)
+        for batch in [*batches, shared] if shared else batches:
+            features = self._run_tower(batch)
+            made += [(i, _Entry(f.to(self.dtype), len(batch) == 1, None)) for i, f in zip(batch, features, strict=True)]
+        return made
 
     def _run_tower(self, images: Sequence[ImageInput]) -> list[torch.Tensor]:
+        with _in_eval(self.spec.tower):
+            return self.spec.encode(*self._inputs(images))
+
+    def _run_attended(self, image: ImageInput) -> tuple[torch.Tensor, TowerAttention]:
+        with _in_eval(self.spec.tower):
+            return self.spec.encode_attended(*self._inputs([image]), self.backend)
+
+    def _inputs(self, images: Sequence[ImageInput]) -> tuple[torch.Tensor, torch.Tensor]:
         device = next(self.spec.tower.parameters()).device
         pixels = torch.cat([image.pixel_values.to(device) for image in images])
-        grids = torch.stack([image.grid_thw for image in images]).to(device)
-        with _in_eval(self.spec.tower):
-            return self.spec.encode(pixels, grids)
+        return pixels, torch.stack([image.grid_thw for image in images]).to(device)
 
     def _hand_out(self, key: bytes) -> torch.Tensor:
         """The entry's view, the same one while it is in use; the entry is now the most recently used."""
@@ -94,7 +157,7 @@ class VisionEncoder:
                 return
             if not entry.in_use:
                 del self._entries[key]
-                self.used_bytes -= entry.features.nbytes
+                self.used_bytes -= entry.nbytes
                 self.num_evicted += 1
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -42,32 +42,56 @@ class Decoder:
         hidden: torch.Tensor,
         positions: torch.Tensor,
         kv_pool: torch.Tensor,
-        plan: StepPlan,
+        plans: Sequence[StepPlan],
         decode: bool,
         deepstack: Deepstack | None = None,
     ) -> torch.Tensor:
         """hidden: float [T, hidden]. positions: int64 [3, T].
 
-        kv_pool: float [2, layers, pages, page_size, kv_heads, head_dim], written at the plan's slots.
-        Returns float [T, hidden], after the final norm.
+        kv_pool: float [2, layers a page, pages, page_size, kv_heads, head_dim], written at the plans' slots. plans: one
+        for each block of layers that a page holds. Returns float [T, hidden], after the final norm.
         """
-        cos, sin = self.rotary(positions, hidden.dtype)
+        rotary = self.rotary(positions, hidden.dtype)
+        layers = range(self.spec.num_layers)
+        hidden, _ = self.run(layers, hidden, rotary, kv_pool, plans, decode=decode, deepstack=deepstack)
+        return self.norm(hidden, self.weights.norm, self.weights.eps)
+
+    def run(
+        self,
+        layers: range,
+        hidden: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        kv_pool: torch.Tensor,
+        plans: Sequence[StepPlan],
+        *,
+        decode: bool = False,
+        deepstack: Deepstack | None = None,
+        projected: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A run of layers. projected: q, k, v of the first one, where they exist.
+
+        plans: of the blocks from that of the first layer on. Returns the residual stream, float [T, hidden], and q of
+        the last layer, float [T, heads, head_dim].
+        """
         attention = partial(
             paged_attention.decode if decode else paged_attention.prefill,
             scale=self.scale,
             deterministic=self.deterministic,
             backend=self.backend,
         )
-        for index, layer in enumerate(self.weights.layers):
-            keys, values = kv_pool[0, index], kv_pool[1, index]
-            q, k, v = self.project(self.norm(hidden, layer.input_norm, layer.eps), layer, cos, sin)
+        size = kv_pool.shape[1]
+        for index in layers:
+            layer, plan = self.weights.layers[index], plans[(index - layers.start) // size]
+            keys, values = kv_pool[0, index % size], kv_pool[1, index % size]
+            q, k, v = projected or self.project(self.norm(hidden, layer.input_norm, layer.eps), layer, *rotary)
+            projected = None
             paged_attention.store_kv(k, v, keys, values, plan, backend=self.backend)
             mixed = attention(q, keys, values, plan)
             hidden = hidden + self.linear(mixed.flatten(1), *layer.o)
             hidden = hidden + self.mlp(self.norm(hidden, layer.post_norm, layer.eps), layer)
-            if deepstack is not None and index < len(deepstack.levels):
-                hidden[deepstack.rows] += deepstack.levels[index]
-        return self.norm(hidden, self.weights.norm, self.weights.eps)
+            if deepstack is not None and 0 <= index - deepstack.first < len(deepstack.levels):
+                hidden[deepstack.rows] += deepstack.levels[index - deepstack.first]
+        return hidden, q
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return rms_norm(x, weight, eps, backend=self.backend)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from foveate.rollout.models.spec import Classes, ModelSpec, VisionSpec, text_spec
+from foveate.rollout.models.tower_attention import attended
+from foveate.rollout.pruners.protocol import TowerAttention
 
 
 def vl_spec(model: Any, rope_planes: tuple[int, ...], classes: Classes, num_deepstack: int = 0) -> ModelSpec:
@@ -35,6 +37,7 @@ def vl_spec(model: Any, rope_planes: tuple[int, ...], classes: Classes, num_deep
         vision=VisionSpec(
             tower=inner.visual,
             encode=partial(_encode, inner, num_deepstack),
+            encode_attended=partial(_encode_attended, inner, num_deepstack, classes.source),
             positions=positions,
             image_token_id=config.image_token_id,
             video_token_id=config.video_token_id,
@@ -56,6 +59,19 @@ def _encode(
         # All images in one tensor until some release of transformers, one tensor an image since.
         levels.append(level.split(sizes) if isinstance(level, torch.Tensor) else level)
     return [torch.stack(image, dim=1) for image in zip(*levels, strict=True)]
+
+
+def _encode_attended(
+    inner: Any,
+    num_deepstack: int,
+    source: str,
+    pixel_values: torch.Tensor,
+    image_grid_thw: torch.Tensor,
+    backend: str | None,
+) -> tuple[torch.Tensor, TowerAttention]:
+    with attended(inner.visual, source, image_grid_thw[0].tolist(), backend) as attention:
+        (features,) = _encode(inner, num_deepstack, pixel_values, image_grid_thw)
+        return features, attention()
 
 
 def consecutive_planes(section: Sequence[int]) -> tuple[int, ...]:

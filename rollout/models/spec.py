@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from foveate.rollout.pruners.protocol import TowerAttention
+
 # Frequencies of these depend on the positions alone, as the one decoder assumes.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -20,12 +22,15 @@ class VisionSpec:
 
     encode: (pixel_values, image_grid_thw) -> one float [tokens, 1 + num_deepstack, hidden] an image, in memory of its
     own: what takes the placeholders' place, then what is added after each of the first num_deepstack decoder layers.
-    positions: (ids int64 [P], image_grid_thw) -> (int64 [3, P], position of the next token). merge_size: patches
-    merged in each direction. pad_ids: ids that stand for vision in a prompt and that a policy must not draw.
+    encode_attended: as encode, of one image, with what the tower's attention says about it; its last argument is a
+    backend of `foveate.kernels.vision_prune`. positions: (ids int64 [P], image_grid_thw) -> (int64 [3, P], position of
+    the next token). merge_size: patches merged in each direction. pad_ids: ids that stand for vision in a prompt and
+    that a policy must not draw.
     """
 
     tower: Any
     encode: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+    encode_attended: Callable[[torch.Tensor, torch.Tensor, str | None], tuple[torch.Tensor, TowerAttention]]
     positions: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, int]]
     image_token_id: int
     video_token_id: int | None
@@ -39,11 +44,12 @@ class VisionSpec:
 class Deepstack:
     """Image features that are added after the first decoder layers.
 
-    rows: int64 [K], tokens of the step. levels: float [levels, K, hidden], level l is added after layer l.
+    rows: int64 [K], tokens of the step. levels: float [levels, K, hidden], level l is added after layer first + l.
     """
 
     rows: torch.Tensor
     levels: torch.Tensor
+    first: int = 0
 
 
 @dataclass(frozen=True)

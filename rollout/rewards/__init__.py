@@ -29,6 +29,7 @@ from foveate.rollout.rewards.geometry import GeometryGrammar, describe, diagram_
 from foveate.rollout.rewards.grammar import PLACES, Fact, Grammar, LabelGrammar
 from foveate.rollout.rewards.http_judge import HTTPJudge
 from foveate.rollout.rewards.judge import Judge, RuleJudge
+from foveate.rollout.rewards.overlong import Overlong, overlong_penalty
 from foveate.rollout.rewards.perception import Perception
 from foveate.rollout.rewards.repetition import Repetition, repeated_share
 
@@ -62,6 +63,7 @@ __all__ = [
     "HTTPJudge",
     "Judge",
     "LabelGrammar",
+    "Overlong",
     "Perception",
     "Repetition",
     "Reward",
@@ -71,6 +73,7 @@ __all__ = [
     "describe",
     "diagram_fact",
     "follows_format",
+    "overlong_penalty",
     "perception_r1",
     "repeated_share",
 ]

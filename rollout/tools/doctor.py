@@ -7,6 +7,7 @@ import json
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from foveate import _C
-from foveate.kernels import dispatch, layers, paged_attention, policy_loss, sampling
+from foveate.kernels import dispatch, layers, paged_attention, policy_loss, sampling, vision_prune
 from foveate.kernels.sampling import philox
 
 PACKAGES = ("foveate", "torch", "triton", "transformers", "numpy", "safetensors", "flash-attn")
@@ -34,10 +35,16 @@ class Check:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the report; returns 1 if a check failed, else 0."""
+    """Prints the report; returns 1 if a check failed, else 0. `--plan` prints another, of memory and time."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--plan" in given:
+        from foveate.rollout.tools import plan_command
+
+        return plan_command.main([word for word in given if word != "--plan"])
     parser = argparse.ArgumentParser(prog="foveate doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--plan", action="store_true", help="instead: what fits on which GPU; --plan --help says more")
+    options = parser.parse_args(given)
     failed = False
     section = None
     for check in examine():
@@ -182,12 +189,30 @@ def _test_attention(device: torch.device) -> str:
     return "a step over one page"
 
 
+def _test_prune(device: torch.device) -> str:
+    """Two of four tokens and one of two; the first among equals."""
+    scores = torch.tensor([0.5, 2.0, 0.5, -1.0, 3.0, 4.0], device=device)
+    offsets, counts = (torch.tensor(values, dtype=torch.int32, device=device) for values in ((0, 4, 6), (2, 1)))
+    kept = vision_prune.select_topk(scores, offsets, counts).indices.tolist()
+    _expect(kept == [0, 1, 1], f"expected tokens 0 and 1, and 1, got {kept}")
+    return "the tokens of the highest scores"
+
+
 def _test_loss(device: torch.device) -> str:
     offsets = torch.tensor([0, 4], dtype=torch.int32, device=device)
     rewards = torch.tensor([0.0, 0.0, 1.0, 1.0], device=device)
     advantages = policy_loss.group_advantage(rewards, offsets)
     _expect(bool((advantages.sign() == rewards * 2 - 1).all()), "the better half of a group has no advantage")
-    return "advantages of a group"
+    hidden = torch.ones(1, 2, device=device, requires_grad=True)
+    head, zero = torch.eye(2, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    out = policy_loss.linear_policy_loss(
+        hidden, head, zero, advantages=torch.ones(1, device=device), sequence_ids=zero.int(), denominator=1.0
+    )
+    out.loss.backward()
+    assert hidden.grad is not None
+    error = (hidden.grad.cpu() - torch.tensor([[-0.5, 0.5]])).abs().max().item()
+    _expect(error < 1e-6, f"the gradient of two equal logits is off by {error:.1e}")
+    return "advantages of a group, gradient of a loss"
 
 
 def _test_engine(device: torch.device) -> str:
@@ -217,5 +242,6 @@ _SELF_TESTS: dict[str, Callable[[torch.device], str]] = {
     "sampling": _test_sampling,
     "paged_attention": _test_attention,
     "policy_loss": _test_loss,
+    "vision_prune": _test_prune,
     "engine": _test_engine,
 }

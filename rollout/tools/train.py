@@ -161,7 +161,7 @@ def prepare(options: TrainOptions) -> tuple[CheckpointTrainer, list[Request]]:
     asked = load_prompts(options, options.eval_data, reward) if options.eval_data else None
     engine = load_engine(options.model, options.dtype, options.engine)
     ref_model: Any = None
-    if options.grpo.kl_coef > 0:
+    if options.grpo.needs_reference:
         ref_model = load_engine(options.ref_model or options.model, options.dtype, options.engine).model
     trainer = CheckpointTrainer(
         engine.model,

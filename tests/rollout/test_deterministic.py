@@ -155,7 +155,7 @@ def with_scalar_tails(patch):
 
 
 def with_images_together(patch):
-    patch.setattr(runner, "VisionEncoder", lambda spec, dtype, size, each_alone: VisionEncoder(spec, dtype, size))
+    patch.setattr(runner, "VisionEncoder", lambda spec, dtype, size, *_: VisionEncoder(spec, dtype, size))
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,7 @@ def test_a_wrong_kernel_is_found_and_the_report_goes_on(capsys, monkeypatch):
         ("sampling", "philox", type("", (), {"noise_words": staticmethod(lambda *_: torch.zeros(1, 5))})),
         ("paged_attention", "paged_attention", None),
         ("policy_loss", "policy_loss", None),
+        ("vision_prune", "vision_prune", None),
     ],
 )
 def test_each_self_test_can_fail(capsys, monkeypatch, family, attribute, wrong):

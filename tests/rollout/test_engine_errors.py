@@ -221,8 +221,8 @@ def test_unsupported_families_and_config(make_engine, vlm):
         with pytest.raises(ValueError, match=rf"got '{backend}'.*{reason}|{reason}.*got '{backend}'"):
             make_engine(vlm, backend=backend)
     assert make_engine(vlm, device="cpu").shares_weights
-    with pytest.raises(NotImplementedError, match=r"EngineConfig.prune .*later release"):
-        make_engine(vlm, prune=PruneConfig("vscan"))
+    with pytest.raises(ValueError, match=r"a layer from 1 to 1, got 2 \(prune.layer\)"):
+        make_engine(vlm, prune=PruneConfig("fastv"))
 
 
 @pytest.mark.parametrize("name", ["interrupt", "resume", "sleep", "wake"])

@@ -57,9 +57,8 @@ def _change_positions(monkeypatch: pytest.MonkeyPatch, change: Callable) -> None
 def _change_plan(monkeypatch: pytest.MonkeyPatch, change: Callable, steps=("prefill", "decode")) -> None:
     """change: (plan) -> fields of the plan to replace"""
 
-    def plan(original, self, rows):
-        made = original(self, rows)
-        return dataclasses.replace(made, **change(made))
+    def plan(original, self, *rows):
+        return [dataclasses.replace(made, **change(made)) for made in original(self, *rows)]
 
     for step in steps:
         _change(monkeypatch, Planner, step, plan)
@@ -278,8 +277,8 @@ def norm_epsilon_forgotten(monkeypatch):
 
 @mutant(VISION)
 def features_of_another_image(monkeypatch):
-    def encode(original, self, images):
-        features = original(self, images)
+    def encode(original, self, *images):
+        features = original(self, *images)
         for key in features:
             others = [k for k in features if k != key and features[k].shape == features[key].shape]
             if others:
@@ -291,8 +290,8 @@ def features_of_another_image(monkeypatch):
 
 @mutant(VISION)
 def features_one_token_late(monkeypatch):
-    def encode(original, self, images):
-        return {key: feature.roll(1, 0) for key, feature in original(self, images).items()}
+    def encode(original, self, *images):
+        return {key: feature.roll(1, 0) for key, feature in original(self, *images).items()}
 
     _change(monkeypatch, VisionEncoder, "encode", encode)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from foveate.rollout.config import SamplingParams
+from foveate.rollout.config import PruneConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.runner import Runner
 from foveate.rollout.scheduler import Scheduler, Sequence
@@ -90,6 +90,25 @@ def test_pressure_changes_nothing(family, pressure, requests_of, make_engine, ma
     assert calm.stats()["preempted"] == 0
     assert (engine.stats()["preempted"] > 0) == (num_pages is not None)
     assert engine.stats()["steps"] > calm.stats()["steps"]
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize(
+    "pressure", [pytest.param(name, marks=[pytest.mark.slow] if "one" in name else []) for name in PRESSURE]
+)
+@pytest.mark.parametrize("prune", [PruneConfig("fastv", 0.3), PruneConfig("pyramiddrop", 0.6)], ids=lambda p: p.method)
+def test_pressure_changes_nothing_between_pruned_layers(prune, pressure, requests_of, make_engine, make_small):
+    """Plans too; a prompt whose pages were taken is computed again under its own."""
+    config, num_pages = PRESSURE[pressure]
+    model = tiny_model("qwen2_5_vl", seed=5, num_hidden_layers=4)
+    requests = requests_of("qwen2_5_vl", temperature=1.1, top_p=0.95, stop=("ab", "xe"))
+    engine, calm = make_small(model, num_pages, prune=prune, **config), make_engine(model, prune=prune)
+    groups, expected = engine.generate(requests, strict=True), calm.generate(requests, strict=True)
+    assert_same(groups, expected)
+    for group, other in zip(groups, expected, strict=True):
+        sites = group.keep.sites if group.keep else ()
+        assert [site.kept.tolist() for site in sites] == [s.kept.tolist() for s in (other.keep.sites if sites else ())]
+    assert (engine.stats()["preempted"] > 0) == (num_pages is not None)
     assert_empty(engine)
 
 

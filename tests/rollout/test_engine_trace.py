@@ -11,14 +11,22 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from foveate.rollout.config import SamplingParams
+from foveate.rollout.config import PruneConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.scheduler import Group
+from foveate.rollout.segments import Segment
 from foveate.rollout.testing import tiny_model
 from foveate.rollout.types import Request, Rollout, RolloutGroup, VisionInputs
 
-NUM_PAGES = 16
+NUM_PAGES = 16  # of all layers
 PAGE = 4
+# What a trace runs on: (family, layers, pruning, blocks of layers that have pages of their own)
+KINDS = {
+    "llama": ("llama", 1, None, 1),
+    "qwen2_5_vl": ("qwen2_5_vl", 1, None, 1),
+    "fastv": ("qwen2_5_vl", 2, PruneConfig("fastv", 0.3, layer=1), 2),
+    "pyramiddrop": ("qwen2_5_vl", 3, PruneConfig("pyramiddrop", 0.5, layers=(1, 2)), 3),
+}
 SEEDS = (1, 2, 3, 4, 5)  # of the long traces
 FLOAT = 4  # bytes
 
@@ -30,8 +38,8 @@ class Broken(Exception):
 class Trace:
     """Drives one engine with random operations and keeps the book of what came in and what went out."""
 
-    def __init__(self, engine: Engine, seed: int, images: list[VisionInputs], image_id: int | None):
-        self.engine = engine
+    def __init__(self, engine: Engine, seed: int, images: list[VisionInputs], image_id: int | None, num_blocks: int):
+        self.engine, self.num_pages = engine, NUM_PAGES * num_blocks
         self.random = random.Random(seed)
         self.images, self.image_id = images, image_id
         self.added: list[str] = []
@@ -75,8 +83,9 @@ class Trace:
         cached = self.cached_bytes()
         assert cached <= engine.config.vision_cache_memory
         assert report == {
-            "kv_capacity": NUM_PAGES * PAGE * token * FLOAT, "kv_used": 0, "kv_pages": NUM_PAGES, "kv_pages_used": 0,
-            "vision_cache": cached, "shadow_weights": 0, "shared_weights": sum(decoder.values()),
+            "kv_capacity": NUM_PAGES * PAGE * token * FLOAT, "kv_used": 0,
+            "kv_pages": self.num_pages, "kv_pages_used": 0,
+            "held_hidden": 0, "vision_cache": cached, "shadow_weights": 0, "shared_weights": sum(decoder.values()),
         }  # fmt: skip
 
     def cached_bytes(self) -> int:
@@ -265,6 +274,7 @@ class Trace:
         assert len(pages) == len(set(pages)) == report["kv_pages_used"]
         assert all(pool.is_used(page) for page in pages)
         assert report["kv_used"] == report["kv_capacity"] // report["kv_pages"] * len(pages)
+        self.check_tails(segments)
         assert set(engine._tree._by_identity.values()) == {s for s in segments if s.identity is not None}
         unfinished = {s.group.request_id for s in engine._scheduler.running}
         unfinished |= {group.request_id for group in engine._scheduler.waiting}
@@ -279,22 +289,39 @@ class Trace:
         stats = engine.stats()
         assert stats["finished"] + stats["failed"] + len(engine._desk.groups) >= len(self.added)
 
+    def check_tails(self, segments: set[Segment]) -> None:
+        """Pages of later layers are those of what is kept; what waits for a last token is counted, and nothing else."""
+        for segment in segments:
+            length = segment.span[1] - segment.span[0]
+            if segment.identity is not None:
+                held = segment.held or (length,) * len(segment.tables)  # each group has one block here
+                assert [len(table) for table in segment.tables] == [-(-count // PAGE) for count in held]
+                assert held[0] == length
+            assert len({segment.stored(group) for group in range(len(segment.tables))}) == 1 or segment.tail
+        tails = {segment.tail for segment in segments if segment.tail}
+        rows = sum(len(part) for tail in tails for part in tail.held)
+        assert self.engine.memory_report()["held_hidden"] == rows * self.engine.spec.hidden_size * FLOAT
+        waiting = {s for s in segments if s.tail and not s.tail.is_complete}
+        assert rows == sum(segment.length for segment in waiting)
+
 
 @pytest.fixture(scope="module")
 def models():
-    return {family: tiny_model(family, num_hidden_layers=1) for family in ("llama", "qwen2_5_vl")}
+    return {kind: tiny_model(family, num_hidden_layers=layers) for kind, (family, layers, _, _) in KINDS.items()}
 
 
 @pytest.fixture
 def trace(models, make_engine) -> Callable[[str, int], Trace]:
-    """(family, seed) -> a trace on an engine of NUM_PAGES pages whose other limits are drawn."""
+    """(kind, seed) -> a trace on an engine of NUM_PAGES pages whose other limits are drawn."""
 
-    def make(family: str, seed: int) -> Trace:
-        draw, model = random.Random(seed), models[family]
+    def make(kind: str, seed: int) -> Trace:
+        draw, model = random.Random(seed), models[kind]
+        family, _, prune, num_blocks = KINDS[kind]
         full = make_engine(model, page_size=PAGE).memory_report()
         engine = make_engine(
             model,
             page_size=PAGE,
+            prune=prune,
             kv_memory=NUM_PAGES * full["kv_capacity"] // full["kv_pages"],
             max_batch_tokens=draw.choice((3, 10, 100)),
             max_sequences=draw.choice((4, 9, 100)),
@@ -304,23 +331,23 @@ def trace(models, make_engine) -> Callable[[str, int], Trace]:
         if family == "qwen2_5_vl":
             grids = (torch.tensor([[1, 4, 4]]), torch.tensor([[1, 2, 6]]))
             images = [VisionInputs(torch.rand(int(grid.prod()), 1176), grid) for grid in grids]
-        return Trace(engine, seed, images, getattr(model.config, "image_token_id", None))
+        return Trace(engine, seed, images, getattr(model.config, "image_token_id", None), num_blocks)
 
     return make
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", [*list(KINDS)[:3], pytest.param("pyramiddrop", marks=pytest.mark.slow)])
 @settings(max_examples=8, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32))
-def test_random_operations(family, seed, trace):
-    trace(family, seed).run(60)
+def test_random_operations(kind, seed, trace):
+    trace(kind, seed).run(60)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
-def test_ten_thousand_random_operations(family, trace):
-    lives = [trace(family, seed) for seed in SEEDS]
+@pytest.mark.parametrize("kind", KINDS)
+def test_ten_thousand_random_operations(kind, trace):
+    lives = [trace(kind, seed) for seed in SEEDS]
     for life in lives:
         life.run(10_000 // len(SEEDS))
     totals = {name: sum(life.engine.stats()[name] for life in lives) for name in lives[0].engine.stats()}

@@ -81,7 +81,7 @@ def test_scores_when_the_tower_fails(limited, chat, picture):
     groups = engine.generate([chat("Which?", [picture(84, 84)], max_tokens=5, seed=1)], strict=True)
     engine._runner.vision.clear()
     engine.patches = 0
-    with pytest.raises(RuntimeError, match="expected the vision tower to encode each image, got OutOfMemoryError"):
+    with pytest.raises(RuntimeError, match="expected images that the vision tower encodes, got OutOfMemoryError"):
         engine.score(groups)
     assert engine.memory_report()["kv_pages_used"] == 0
     engine.patches = 10**6

@@ -11,7 +11,7 @@ from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.learner import Batch, Learner
-from foveate.rollout.policy import Sample
+from foveate.rollout.prefix_groups import Sample
 from foveate.rollout.testing import special_id, tiny_model
 from foveate.rollout.types import Request, VisionInputs
 
@@ -51,8 +51,7 @@ def batch_of(model, vision, **kwargs):
     samples = [Sample(g, r) for g in groups for r in g.rollouts]
     generator = torch.Generator().manual_seed(2)
     advantages = torch.randn(len(samples), generator=generator)
-    weights = torch.rand(len(samples), generator=generator) / 50
-    return Batch(samples, advantages, weights)
+    return Batch(samples, advantages, torch.ones(len(samples), dtype=torch.bool), 37.5)
 
 
 def gradient_after(model, batch, config):
@@ -83,16 +82,16 @@ def test_micro_batches_add_up_to_the_whole(family):
 
 
 def test_the_first_update_is_the_policy_gradient():
-    """On policy the clipped loss has the gradient of -sum w A logprob, whatever the clips are."""
+    """On policy the clipped loss has the gradient of -sum A logprob / denominator, whatever the clips are."""
     model = tiny_model("qwen3")
     batch = batch_of(model, False)
     got, report = gradient_after(model, batch, GRPOConfig(max_grad_norm=None))
     model.zero_grad()
-    for sample, advantage, weight in zip(batch.samples, batch.advantages, batch.weights, strict=True):
+    for sample, advantage in zip(batch.samples, batch.advantages, strict=True):
         ids = torch.cat([sample.group.prompt_ids, sample.rollout.token_ids])[None]
         logits = model(ids, attention_mask=torch.ones_like(ids)).logits[0, len(sample.group.prompt_ids) - 1 : -1]
         chosen = logits.log_softmax(-1).gather(1, sample.rollout.token_ids[:, None])
-        (-weight * advantage * chosen.sum()).backward()
+        (-advantage * chosen.sum() / batch.denominator).backward()
     norm = sum(float(g.square().sum()) for g in got.values()) ** 0.5
     error = sum(float((p.grad - got[n]).square().sum()) for n, p in model.named_parameters()) ** 0.5
     assert error < 1e-4 * norm
@@ -140,8 +139,8 @@ def test_engine_old_logprobs_and_importance_weights():
     assert report["policy/clip_low"] == pytest.approx(negative / count)
     assert report["policy/logprob_difference_mean"] == pytest.approx(math.log(2), abs=TOLERANCE)
     plain, _ = gradient_after(model, batch, GRPOConfig(max_grad_norm=None))
-    halved, report = gradient_after(model, shifted, GRPOConfig(max_grad_norm=None, tis_cap=2.0))
-    assert report["policy/tis_weight"] == pytest.approx(0.5, abs=TOLERANCE)
+    halved, report = gradient_after(model, shifted, GRPOConfig(max_grad_norm=None, correction="tis"))
+    assert report["policy/correction"] == pytest.approx(0.5, abs=TOLERANCE)
     for name in plain:
         torch.testing.assert_close(halved[name], plain[name] / 2, rtol=1e-3, atol=float(plain[name].abs().max()) * 1e-4)
 
@@ -193,3 +192,82 @@ def test_a_non_finite_gradient_stops_before_the_step():
 def test_dropout_is_refused_by_name():
     with pytest.raises(ValueError, match=r"no dropout.*self_attn"):
         Learner(tiny_model("qwen3", attention_dropout=0.1), None, GRPOConfig())
+
+
+def logprobs_of(model, sample):
+    ids = torch.cat([sample.group.prompt_ids, sample.rollout.token_ids])[None]
+    logits = model(ids, attention_mask=torch.ones_like(ids)).logits[0, len(sample.group.prompt_ids) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, sample.rollout.token_ids[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["grpo", "gspo"])
+def test_a_later_update_off_policy(kind):
+    """Ratios around 1, a reference, a sample without reward: against the formula, in float64, on single sequences."""
+    model, reference = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
+    batch = batch_of(model, False)
+    generator = torch.Generator().manual_seed(4)
+    moved = []
+    for sample in batch.samples:
+        shift = torch.randn(len(sample.rollout.token_ids), generator=generator)
+        moved.append(replace(sample, rollout=replace(sample.rollout, logprobs=sample.rollout.logprobs + shift)))
+    batch = replace(batch, samples=moved, taught=torch.arange(len(moved)) != 4)
+    more = {"clip_low": 0.3, "clip_high": 0.3} if kind == "gspo" else {}
+    config = GRPOConfig(kind=kind, old_logprobs="engine", max_grad_norm=None, kl_coef=0.25, micro_batch_size=4, **more)
+    learner = Learner(model, reference, config)
+    learner.optimizer.step = lambda: None
+    learner.update(batch, 1e-3)
+    double, ref = copy.deepcopy(model).double(), copy.deepcopy(reference).double()
+    double.zero_grad()
+    total = 0.0
+    for sample, advantage, taught in zip(batch.samples, batch.advantages.double(), batch.taught, strict=True):
+        if not taught:
+            continue
+        logprobs = logprobs_of(double, sample)
+        difference = logprobs - sample.rollout.logprobs.double()
+        ratio = (difference.mean().expand(len(difference)) if kind == "gspo" else difference).exp()
+        loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(*((0.7, 1.3) if more else (0.8, 1.3))))
+        if kind == "grpo" and advantage < 0:
+            loss = loss.clamp(max=-3 * advantage)
+        d = logprobs - logprobs_of(ref, sample).detach()
+        loss = loss + 0.25 * d.detach() * logprobs  # the gradient of the penalty on policy
+        total = total + (loss.mean() if kind == "gspo" else loss.sum())
+    (total / batch.denominator).backward()
+    truth = {name: p.grad for name, p in double.named_parameters()}
+    norm = sum(float(g.square().sum()) for g in truth.values()) ** 0.5
+    error = sum(float((p.grad - truth[n]).square().sum()) for n, p in model.named_parameters()) ** 0.5
+    assert error < 1e-4 * norm
+
+
+@pytest.mark.parametrize("kind", ["dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "cispo_max", "sapo"])
+def test_every_kind_takes_two_updates(kind):
+    """The second one is off the policy of the first; on policy all but "gspo"'s means are the policy gradient."""
+    model = tiny_model("qwen3")
+    batch = batch_of(model, False)
+    more = {"aggregation_length": 6} if kind == "dr_grpo" else {}
+    config = GRPOConfig(kind=kind, num_updates=2, max_grad_norm=None, entropy_coef=0.01, **more)
+    report = Learner(model, None, config).update(batch, 1e-2)
+    assert report["policy/ratio"] != 1
+    assert report["policy/logprob_difference_max"] < TOLERANCE  # taken before the first update
+    assert all(math.isfinite(value) for value in report.values())
+
+
+def test_a_batch_without_rewards_moves_nothing():
+    model = tiny_model("qwen3")
+    batch = batch_of(model, False)
+    report = Learner(model, None, GRPOConfig()).update(replace(batch, taught=torch.zeros(9, dtype=torch.bool)), 1e-3)
+    assert report["optim/grad_norm"] == report["policy/loss"] == 0
+    assert "policy/entropy" not in report
+    assert report["policy/logprob_difference_max"] < TOLERANCE
+
+
+def test_the_kl_weight_of_the_step_replaces_the_constant_one():
+    model, reference = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
+    batch = replace(batch_of(model, False), advantages=torch.zeros(9))
+    config = GRPOConfig(kl_schedule="grpo_d", kl_min=0.1, kl_max=0.3, max_steps=10, max_grad_norm=None)
+    norms = []
+    for weight in (0.1, 0.2, 0.0):
+        learner = Learner(copy.deepcopy(model), reference, config)
+        norms.append(learner.update(batch, 0.0, weight)["optim/grad_norm"])
+    assert norms[0] > 1e-3
+    assert norms[1] == pytest.approx(2 * norms[0], rel=1e-4)
+    assert norms[2] == 0

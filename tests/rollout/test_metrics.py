@@ -9,11 +9,12 @@ import torch
 from foveate.rollout.metrics import (
     Clock,
     MetricsLog,
+    as_floats,
     check_extras,
     completion_metrics,
+    difference_metrics,
+    policy_metrics,
     reward_metrics,
-    token_means,
-    token_sums,
 )
 from foveate.rollout.rewards import RewardTable
 
@@ -50,12 +51,21 @@ def test_completion_metrics_by_hand():
     assert got == {f"completion/{name}": value for name, value in expected.items()}
 
 
-def test_token_means():
-    tokens = {"kl": torch.tensor([1.0, 2.0]), "clip_low": torch.tensor([True, False, False, True])}
-    sums = token_sums(tokens)
-    assert sums == {"kl": (3.0, 2), "clip_low": (2.0, 4)}
-    assert token_means([sums]) == {"policy/kl": 1.5, "policy/clip_low": 0.5}
-    assert token_means([sums, token_sums({}), {"kl": (9.0, 1)}]) == {"policy/kl": 4.0, "policy/clip_low": 0.5}
+def test_policy_metrics():
+    """Two micro-batches of 3 and 1 tokens, and a rank without any."""
+    first = as_floats({"tokens": torch.tensor(3.0), "kl": torch.tensor(6.0), "ratio_max": torch.tensor(2.0)})
+    assert first == {"tokens": 3.0, "kl": 6.0, "ratio_max": 2.0}
+    second = {"tokens": 1.0, "kl": 4.0, "ratio_max": 1.5}
+    assert policy_metrics([first, {}, second]) == {"policy/kl": 2.5, "policy/ratio_max": 2.0}
+    assert as_floats({}) == policy_metrics([{}]) == policy_metrics([{"tokens": 0.0, "kl": 0.0}]) == {}
+
+
+def test_difference_metrics():
+    names = [f"policy/logprob_difference_{name}" for name in ("mean", "max")]
+    assert difference_metrics([(3.0, 2.0, 2), (0.0, 0.0, 0), (1.0, 1.0, 2)]) == dict(
+        zip(names, (1.0, 2.0), strict=True)
+    )
+    assert difference_metrics([(0.0, 0.0, 0)]) == {names[1]: 0.0}
 
 
 def test_clock(monkeypatch):

@@ -107,6 +107,17 @@ CASES = {
         "failing": [1],
     },
     "a rank without a request": {"config": {"prompts_per_step": 1, "max_steps": 2, "save_every": 2}, "failing": []},
+    "dynamic sampling, whitened over all ranks": {
+        "config": {
+            "prompts_per_step": 2,
+            "max_steps": 2,
+            "save_every": 2,
+            "dynamic_sampling": 3,
+            "dynamic_sampling_part": "low",
+            "advantage": "reinforce++",
+        },
+        "failing": [0],
+    },
     "a rank whose requests fail": {
         "config": {"aggregation": "constant", "aggregation_length": 8, "max_steps": 1, "save_every": 1},
         "failing": [0, 1, 2],

@@ -90,7 +90,7 @@ class Forest:
         count = -(-length // self.page_size) + spare_pages
         pages = [self.pages.pop() for _ in range(count)]
         start = int(self.rng.integers(0, 50))
-        return Segment(parent, identity=None, pages=pages, length=length, span=(start, start + length))
+        return Segment(parent, identity=None, tables=[pages], length=length, span=(start, start + length))
 
     def prompt(self, parents: list[int | None], lengths: list[int]) -> list[Segment]:
         segments: list[Segment] = []
@@ -121,7 +121,7 @@ def test_prefill(built, data):
         start = data.draw(st.sampled_from([0, segment.length // 2, segment.length - 1]))
         segment.length = data.draw(st.sampled_from([start + 1, segment.length]))
         chunks.append(Chunk(segment, start, segment.length))
-    plan = Planner(forest.page_size, CPU).prefill(chunks)
+    (plan,) = Planner(forest.page_size, CPU).prefill(chunks)
     rows = [chunk.segment for chunk in chunks for _ in range(chunk.start, chunk.stop)]
     assert visits_of(plan) == expected_visits(rows, {segment: segment.length for segment in segments})
     slots = [slot for s, start, stop in chunks for slot in expected_slots(s, start, stop - start, forest.page_size)]
@@ -153,7 +153,7 @@ def test_decode(built, data):
             forest, end, data.draw(st.lists(st.integers(0, 2 * forest.page_size), min_size=1, max_size=4))
         )
     sequences = data.draw(st.permutations(sequences))
-    plan = Planner(forest.page_size, CPU).decode(sequences)
+    (plan,) = Planner(forest.page_size, CPU).decode(sequences)
     leaves = [sequence.leaf for sequence in sequences]
     lengths = {s: s.length for s in segments} | {leaf: leaf.length + 1 for leaf in leaves}
     expected = {key: sorted(rows) for key, rows in expected_visits(leaves, lengths).items()}
@@ -165,10 +165,10 @@ def test_decode(built, data):
 
 def test_prefill_by_hand():
     """Two children of one prefix in one step, as arrays written down."""
-    prefix = Segment(None, None, pages=[4, 2], length=3, span=(0, 3))
-    left = Segment(prefix, None, pages=[0], length=1, span=(3, 4))
-    right = Segment(prefix, None, pages=[7], length=2, span=(3, 5))
-    plan = Planner(2, CPU).prefill([Chunk(segment, 0, segment.length) for segment in (prefix, left, right)])
+    prefix = Segment(None, None, tables=[[4, 2]], length=3, span=(0, 3))
+    left = Segment(prefix, None, tables=[[0]], length=1, span=(3, 4))
+    right = Segment(prefix, None, tables=[[7]], length=2, span=(3, 5))
+    (plan,) = Planner(2, CPU).prefill([Chunk(segment, 0, segment.length) for segment in (prefix, left, right)])
     assert plan.slots.tolist() == [8, 9, 4, 0, 14, 15]
     assert plan.visit_depth.tolist() == [0, 0, 1, 1]
     assert visits_of(plan) == {
@@ -181,10 +181,10 @@ def test_prefill_by_hand():
 
 def test_the_last_chunk_of_a_prompt_by_hand():
     """Five tokens were stored; the two that follow see all of them, and the sample's own stored tokens come below."""
-    prefix = Segment(None, None, pages=[4], length=2, span=(0, 2))
-    long = Segment(prefix, None, pages=[1, 0, 6, 7], length=7, span=(2, 9))
-    leaf = Segment(long, None, pages=[9], length=1, prompt=PROMPT, span=(0, 1))
-    plan = Planner(2, CPU).prefill([Chunk(long, 5, 7), Chunk(leaf, 0, 1)])
+    prefix = Segment(None, None, tables=[[4]], length=2, span=(0, 2))
+    long = Segment(prefix, None, tables=[[1, 0, 6, 7]], length=7, span=(2, 9))
+    leaf = Segment(long, None, tables=[[9]], length=1, prompt=PROMPT, span=(0, 1))
+    (plan,) = Planner(2, CPU).prefill([Chunk(long, 5, 7), Chunk(leaf, 0, 1)])
     assert plan.slots.tolist() == [13, 14, 18]
     assert visits_of(plan) == {
         ((4,), 2, 0, False): [0, 1, 2],
@@ -196,15 +196,15 @@ def test_the_last_chunk_of_a_prompt_by_hand():
 
 def test_decode_by_hand():
     """Two groups on one prefix, one with a prompt of its own below it."""
-    prefix = Segment(None, None, pages=[5, 1], length=4)
-    own = Segment(prefix, None, pages=[3], length=1)
+    prefix = Segment(None, None, tables=[[5, 1]], length=4)
+    own = Segment(prefix, None, tables=[[3]], length=1)
     short, long = group_at(prefix), group_at(own)
     leaves = [
-        (short, Segment(prefix, None, pages=[8], length=1)),
-        (long, Segment(own, None, pages=[9, 6], length=2)),
-        (long, Segment(own, None, pages=[0], length=0)),
+        (short, Segment(prefix, None, tables=[[8]], length=1)),
+        (long, Segment(own, None, tables=[[9, 6]], length=2)),
+        (long, Segment(own, None, tables=[[0]], length=0)),
     ]
-    plan = Planner(2, CPU).decode([Sequence(group, 0, leaf=leaf) for group, leaf in leaves])
+    (plan,) = Planner(2, CPU).decode([Sequence(group, 0, leaf=leaf) for group, leaf in leaves])
     assert plan.slots.tolist() == [17, 12, 0]
     assert plan.visit_depth.tolist() == [0, 1, 1, 2, 2]
     assert visits_of(plan) == {
@@ -217,7 +217,7 @@ def test_decode_by_hand():
 
 
 def test_decode_of_no_sequence():
-    plan = Planner(4, CPU).decode([])
+    (plan,) = Planner(4, CPU).decode([])
     assert (plan.num_rows, plan.num_visits) == (0, 0)
     assert plan.visit_page_offsets.tolist() == plan.visit_row_offsets.tolist() == [0]
 
@@ -225,9 +225,9 @@ def test_decode_of_no_sequence():
 @pytest.mark.parametrize("length", [0, 1, 2])
 def test_decode_writes_behind_what_is_stored(length):
     """At the start, the middle and the end of a page."""
-    prefix = Segment(None, None, pages=[0], length=1)
+    prefix = Segment(None, None, tables=[[0]], length=1)
     (sequence,) = running(Forest(2, 0), prefix, [length])
-    plan = Planner(2, CPU).decode([sequence])
+    (plan,) = Planner(2, CPU).decode([sequence])
     pages = sequence.leaf.pages
     assert plan.slots.tolist() == [[2 * pages[0]], [2 * pages[0] + 1], [2 * pages[-1]]][length]
 

@@ -8,9 +8,10 @@ import torch
 
 from foveate.rollout import models
 from foveate.rollout.config import SamplingParams
-from foveate.rollout.policy import Sample, micro_batches, pad, policy_logprobs
+from foveate.rollout.policy import pad, policy_logprobs
+from foveate.rollout.prefix_groups import Packer, Sample, micro_batches
 from foveate.rollout.testing import special_id, tiny_model
-from foveate.rollout.types import KeepPlan, Request, Rollout, RolloutGroup
+from foveate.rollout.types import Request, Rollout, RolloutGroup
 
 TOLERANCE = 5e-5  # of log-probs at initializer_range 0.2; the project's contract on equality with a trainer
 GRIDS = [[[1, 4, 6], [1, 8, 4]], [], [[1, 2, 2]]]  # two images of different aspect, none, one
@@ -176,7 +177,7 @@ def test_text_alone_in_a_vision_model():
 def test_pad_by_hand():
     model = tiny_model("llama")
     g = group(model, [], (2, 1), 0.5, 0)  # prompt of 3
-    batch = pad(samples_of([g]))
+    batch = pad([[sample] for sample in samples_of([g])])
     first, second = (r.token_ids.tolist() for r in g.rollouts)
     prompt = g.prompt_ids.tolist()
     assert batch.input_ids.tolist() == [[*prompt, first[0]], [*prompt, 0]]
@@ -187,25 +188,17 @@ def test_pad_by_hand():
     assert batch.temperatures.tolist() == [0.5] * 3
 
 
-def test_a_pruned_group_is_refused_by_name():
-    model = tiny_model("llama")
-    plan = KeepPlan("", "fastv", (), torch.zeros(3, 1, dtype=torch.int32), 1, 0, 0)
-    pruned = replace(group(model, [], (2,), 1.0, 0), keep=plan, request_id="p7")
-    with pytest.raises(ValueError, match=r"KeepPlan.*'p7'"):
-        policy_logprobs(models.describe(model), samples_of([pruned]))
-
-
 def test_micro_batches_by_hand():
     model = tiny_model("llama")
     samples = samples_of([group(model, [], (3, 1, 8, 1, 1), 1.0, 0)])
     assert [s.num_inputs for s in samples] == [5, 3, 10, 3, 3]
 
     def cut(*limits):
-        return [(part.start, part.stop) for part in micro_batches(samples, *limits)]
+        return [(part.start, part.stop) for part in micro_batches(samples, *limits, Packer(None))]
 
     assert cut(2, None) == [(0, 2), (2, 4), (4, 5)]
     assert cut(5, None) == cut(9, None) == [(0, 5)]
     assert cut(5, 10) == [(0, 2), (2, 3), (3, 5)]
     assert cut(5, 20) == [(0, 2), (2, 4), (4, 5)]
     assert cut(5, 1) == [(i, i + 1) for i in range(5)]
-    assert list(micro_batches([], 4, None)) == []
+    assert list(micro_batches([], 4, None, Packer(None))) == []

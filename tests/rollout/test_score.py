@@ -180,7 +180,7 @@ def test_boundaries_default_to_the_whole_prompt(hello):
 KEEP = KeepPlan("", "fastv", (), torch.empty(3, 0, dtype=torch.int32), 0, 0, 0)
 WRONG_GROUPS = {
     "without an error": {"error": ValueError("broken")},
-    "without pruning": {"keep": KEEP},
+    "the positions of the prompt's kept tokens": {"keep": KEEP},
     r"ids in \[0, 271\), got 271 \(prompt\)": {"prompt_ids": torch.tensor([1, 271, 3, 4, 5])},
     r"\[3, 5\], got \[3, 4\] \(group.prompt_positions\)": {"prompt_positions": torch.zeros(3, 4)},
     r"sum to 5, got \[2, 2\]": {"segments": torch.tensor([2, 2])},

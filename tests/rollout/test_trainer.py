@@ -111,7 +111,7 @@ def test_unscorable_and_failed_samples_teach_nothing(caplog):
     trained = make(reward=some)
     batches = []
     update = trained.learner.update
-    trained.learner.update = lambda batch, rate: (batches.append(batch), update(batch, rate))[1]
+    trained.learner.update = lambda batch, *rates: (batches.append(batch), update(batch, *rates))[1]
     record = trained.train_step(requests)
     half = math.sqrt(0.5)
     # {1/4, 3/4}: mean 1/2, std 1/4 sqrt 2; the third request has one scorable sample
@@ -119,8 +119,8 @@ def test_unscorable_and_failed_samples_teach_nothing(caplog):
     torch.testing.assert_close(batches[0].advantages, expected, rtol=1e-6, atol=0)
     taught = torch.tensor([False, True, True, False, False, True])
     lengths = torch.tensor([len(sample.rollout.token_ids) for sample in batches[0].samples])
-    assert torch.equal(batches[0].weights > 0, taught)
-    torch.testing.assert_close((batches[0].weights * lengths).sum(), torch.tensor(1.0))
+    assert torch.equal(batches[0].taught, taught)
+    assert batches[0].denominator == int(lengths[taught].sum())
     assert record.metrics["sample/unscorable"] == 3
     assert record.metrics["group/failed"] == 1
     assert record.metrics["reward/total"] == pytest.approx(0.5)
@@ -131,9 +131,9 @@ def test_unscorable_and_failed_samples_teach_nothing(caplog):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, lambda lengths: [1 / sum(lengths)] * 4),
-        ({"aggregation": "sequence"}, lambda lengths: [1 / (4 * length) for length in lengths]),
-        ({"aggregation": "constant", "aggregation_length": 50}, lambda lengths: [1 / 200] * 4),
+        ({}, sum),
+        ({"aggregation": "sequence"}, len),
+        ({"aggregation": "constant", "aggregation_length": 50}, lambda lengths: 50 * len(lengths)),
     ],
 )
 def test_options_reach_the_batch(options, expected):
@@ -141,11 +141,12 @@ def test_options_reach_the_batch(options, expected):
     config = GRPOConfig(**QUIET, **options, advantage_ddof=0, advantage_eps=0.5, warmup_steps=4)
     trained = make(config=config, reward=lambda group: RewardTable({}, next(totals)))
     update, batches = trained.learner.update, []
-    trained.learner.update = lambda batch, rate: (batches.append(batch), update(batch, rate))[1]
+    trained.learner.update = lambda batch, *rates: (batches.append(batch), update(batch, *rates))[1]
     record = trained.train_step(prompts(2, n=2))
     assert batches[0].advantages.tolist() == pytest.approx([-0.5, 0.5, -0.8, 0.8])  # std 1/2 and 2, plus 1/2
     lengths = [len(r.token_ids) for g in record.groups for r in g.rollouts]
-    assert batches[0].weights.tolist() == pytest.approx(expected(lengths))
+    assert batches[0].denominator == expected(lengths)
+    assert batches[0].taught.all()
     assert record.metrics["optim/lr"] == 1e-3 / 4
 
 
@@ -200,7 +201,7 @@ def test_order_of_prompts():
     seen = []
     trained = make(config=GRPOConfig(**QUIET, prompts_per_step=2, max_steps=6, seed=3))
 
-    def record_only(requests):
+    def record_only(requests, more):
         seen.append([request.request_id for request in requests])
         trained.step += 1
         return trainer_module.StepRecord(trained.step, [], [], {})

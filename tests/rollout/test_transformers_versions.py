@@ -17,7 +17,7 @@ import pytest
 HERE = Path(__file__).resolve().parent
 # What transformers will not be imported with in another version; `kernels` is one of its extras.
 COMPANIONS = re.compile(r"(huggingface-hub|tokenizers)\b(?!.*extra)|kernels\b.*extra == .kernels.")
-TESTS = ("engine_parity", "engine_pressure", "models_vl", "adapters", "policy", "weights")
+TESTS = ("engine_parity", "engine_pressure", "models_vl", "adapters", "policy", "weights", "replay", "replay_context")
 
 
 @pytest.mark.slow

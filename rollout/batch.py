@@ -1,0 +1,106 @@
+"""What one step learns from: samples, their advantages, and what their loss is divided by."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from foveate.kernels.policy_loss import group_advantage, loss_denominator
+from foveate.rollout import parallel
+from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.prefix_groups import Sample
+from foveate.rollout.rewards import RewardTable
+from foveate.rollout.types import RolloutGroup
+
+logger = logging.getLogger("foveate.trainer")
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """This rank's part of one step. advantages: float32 [samples]. taught: bool [samples], those with a reward; the
+    others are no part of the loss. denominator: of the loss, the same on all ranks.
+    """
+
+    samples: list[Sample]
+    advantages: torch.Tensor
+    taught: torch.Tensor
+    denominator: float
+
+
+class _Scored(NamedTuple):
+    """One sample: the columns of its reward, whether it has them, and its number of tokens."""
+
+    columns: tuple[float, ...]
+    scorable: bool
+    length: int
+
+
+def make_batch(
+    groups: Sequence[RolloutGroup],
+    tables: Sequence[RewardTable | None],
+    config: GRPOConfig,
+    weights: Mapping[str, float] | None,
+) -> Batch:
+    """The batch of groups and their rewards, None for a request that failed; in advantages, all ranks are one batch.
+
+    weights: of the parts of the reward, for advantage "gdpo". With a dense pruned_policy groups lose their plans.
+    Samples without a reward teach nothing, and take no weight from those that do. Raises RuntimeError if there is no
+    sample on any rank.
+    """
+    columns = None
+    if config.of_kind("advantage") == "gdpo":
+        assert weights is not None, config.advantage
+        columns = {name: weight for name, weight in weights.items() if weight != 0}
+    samples: list[Sample] = []
+    scored: list[_Scored] = []
+    sizes = []
+    for group, table in zip(groups, tables, strict=True):
+        if table is None:
+            logger.warning("request %r failed and is skipped: %s", group.request_id, group.error)
+            continue
+        if config.pruned_policy == "dense" and group.keep is not None:
+            group = replace(group, keep=None)
+        places = [index for index, rollout in enumerate(group.rollouts) if len(rollout.token_ids)]
+        samples += [Sample(group, group.rollouts[index]) for index in places]
+        scored += [_score(table, index, len(group.rollouts[index].token_ids), columns) for index in places]
+        sizes.append(len(places))
+    everyone = parallel.gather(scored)
+    if not everyone.items:
+        errors = [group.error for group in groups if group.error]
+        raise RuntimeError(f"expected rollouts to learn from, got none of {len(groups)} requests: {errors[:1]}")
+    advantages = _advantages(everyone.items, parallel.gather(sizes).items, config, columns)
+    lengths = torch.tensor([sample.length for sample in everyone.items if sample.scorable])
+    aggregation = config.loss_options.resolve(config.kind).aggregation
+    denominator = float(loss_denominator(lengths, aggregation, config.aggregation_length)) if len(lengths) else 1.0
+    taught = torch.tensor([sample.scorable for sample in scored], dtype=torch.bool)
+    return Batch(samples, advantages[everyone.own], taught, denominator)
+
+
+def _advantages(
+    samples: Sequence[_Scored], sizes: Sequence[int], config: GRPOConfig, columns: Mapping[str, float] | None
+) -> torch.Tensor:
+    kind = config.of_kind("advantage")
+    rewards = torch.tensor([sample.columns for sample in samples], dtype=torch.float64)
+    return group_advantage(
+        rewards if columns is not None else rewards[:, 0],
+        torch.tensor([0, *sizes]).cumsum(0).int(),
+        kind=kind,
+        weights=None if columns is None else torch.tensor(list(columns.values()), dtype=torch.float64),
+        ddof=config.advantage_ddof,
+        eps=config.advantage_eps,
+        scorable=torch.tensor([sample.scorable for sample in samples], dtype=torch.bool),
+        lengths=torch.tensor([sample.length for sample in samples]) if kind.startswith("reinforce++") else None,
+    )
+
+
+def _score(table: RewardTable, index: int, length: int, columns: Mapping[str, float] | None) -> _Scored:
+    values = [table.totals[index]]
+    if columns is not None:
+        # A part that does not apply to a group is the same for all of it and moves nothing.
+        values = [table.parts[name][index] if name in table.parts else 0.0 for name in columns]
+    known = tuple(0.0 if value is None else value for value in values)
+    return _Scored(known, table.totals[index] is not None and None not in values, length)

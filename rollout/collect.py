@@ -1,0 +1,169 @@
+"""The rollouts of one step and their rewards; with dynamic sampling, of as many prompts as it takes."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from foveate.rollout import metrics, parallel, resumption, schedules
+from foveate.rollout.config import require
+from foveate.rollout.engine import Engine
+from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.policy import check_trainable
+from foveate.rollout.reward_pool import RewardPool
+from foveate.rollout.rewards import RewardTable
+from foveate.rollout.rewards.base import numbers
+from foveate.rollout.types import Request, RolloutGroup
+
+
+@dataclass(eq=False)
+class Collected:
+    """This rank's groups of a step and their rewards, None for a request that failed.
+
+    scored: the rewards of all groups that were drawn, also of those that dynamic sampling left out. num_prompts: that
+    were asked, on all ranks, in so many rounds.
+    """
+
+    groups: list[RolloutGroup] = field(default_factory=list)
+    tables: list[RewardTable | None] = field(default_factory=list)
+    scored: list[RewardTable | None] = field(default_factory=list)
+    num_prompts: int = 0
+    rounds: int = 0
+
+
+class Collector:
+    """Asks the engine for rollouts and scores them as groups finish."""
+
+    def __init__(
+        self, engine: Engine, reward: Callable[[RolloutGroup], RewardTable], config: GRPOConfig, clock: metrics.Clock
+    ):
+        self.engine, self.reward, self.config, self.clock = engine, reward, config, clock
+        if not config.prunes_all:
+            prune = engine.config.prune
+            at_encoder = prune is None or prune.site == "encoder"
+            require(at_encoder, "an engine that prunes at the encoder", prune, "pruned_share")
+
+    def collect(self, requests: Sequence[Request], step: int, more: Iterator[Request]) -> Collected:
+        """The groups of `requests`, in their order.
+
+        With dynamic sampling the first len(requests) groups that are neither all right nor all wrong, of these and of
+        as many of `more` as it takes. A round asks for what is missing over the share of groups that stayed so far, at
+        most len(requests). Raises RuntimeError when the rounds, or the prompts, are spent before the step is full.
+        """
+        found, limit = Collected(), self.config.sampling_rounds
+        asked, wanted, stayed = list(requests), len(requests), 0
+        while asked or not limit:
+            groups, tables = self._roll_out(asked, step, found.num_prompts)
+            found.num_prompts, found.rounds = found.num_prompts + len(asked), found.rounds + 1
+            found.scored += tables
+            if not limit:
+                found.groups, found.tables = groups, tables
+                return found
+            good = parallel.gather([self._teaches(table) for table in tables])
+            kept = _first(good.items, wanted - stayed)[good.own]
+            stayed = min(wanted, stayed + sum(good.items))
+            found.groups += [group for group, keep in zip(groups, kept, strict=True) if keep]
+            found.tables += [table for table, keep in zip(tables, kept, strict=True) if keep]
+            if stayed == wanted:
+                return found
+            if found.rounds == limit:
+                break
+            share = max(stayed, 1) / found.num_prompts
+            asked = list(islice(more, min(wanted, math.ceil((wanted - stayed) / share))))
+        spent = f"{found.num_prompts} prompts in {found.rounds} rounds" + ("" if asked else ", all there are")
+        raise RuntimeError(
+            f"expected {wanted} groups with right and wrong answers, got {stayed} of {spent}: prompts are too hard or "
+            f"too easy for this policy (dynamic_sampling)"
+        )
+
+    def _roll_out(
+        self, requests: Sequence[Request], step: int, first: int
+    ) -> tuple[list[RolloutGroup], list[RewardTable | None]]:
+        """This rank's share. first: place of the first request among those of the step."""
+        if parallel.size() > 1:
+            parallel.check_same(requests=resumption.prompt_fingerprint(requests))
+        for index, request in enumerate(requests):
+            check_trainable(request, request.request_id or f"prompts[{index}]")
+        requests = parallel.share(self._shared_out(self._seeded(requests, step, first), step, first))
+        places = {id(request): index for index, request in enumerate(requests)}
+        groups: dict[int, RolloutGroup] = {}
+        with RewardPool(self._score, self.config.reward_workers) as pool:
+            with self.clock.phase("rollout"):
+                for group in self.engine.stream(requests):
+                    index = places[id(group.request)]
+                    groups[index] = group
+                    if group.error is None:
+                        pool.submit(index, group)
+            with self.clock.phase("reward"):
+                tables = pool.results()
+        order = range(len(requests))
+        return [groups[index] for index in order], [tables.get(index) for index in order]
+
+    def _score(self, group: RolloutGroup) -> RewardTable:
+        """The group's rewards, with None for a rollout that has no tokens to learn from."""
+        table = self.reward(group)
+        name, count = f"reward of request {group.request_id!r}", len(group.rollouts)
+        require(len(table.totals) == count, f"{count} totals", len(table.totals), name)
+        parts = {part: numbers(values, f"{name}, {part}") for part, values in table.parts.items()}
+        table = RewardTable(parts, numbers(table.totals, name))
+        for part, values in {**table.parts, "total": table.totals}.items():
+            finite = all(value is None or math.isfinite(value) for value in values)
+            require(finite, f"finite values of {part!r} or None", values, name)
+        learnable = [len(r.token_ids) > 0 and r.finish_reason != "error" for r in group.rollouts]
+        totals = [total if ok else None for total, ok in zip(table.totals, learnable, strict=True)]
+        return replace(table, totals=totals)
+
+    def _teaches(self, table: RewardTable | None) -> bool:
+        """Whether the samples that can be scored differ in what dynamic sampling looks at."""
+        if table is None:
+            return False
+        part = self.config.dynamic_sampling_part
+        known = [*table.parts, "total"]
+        require(part in known, f"one of the rewards {known}", part, "dynamic_sampling_part")
+        values = table.totals if part == "total" else table.parts[part]
+        pairs = zip(values, table.totals, strict=True)
+        return len({value for value, total in pairs if value is not None and total is not None}) > 1
+
+    def _seeded(self, requests: Sequence[Request], step: int, first: int) -> list[Request]:
+        """Gives each request without a seed one of (seed, step, place): rollouts do not depend on evaluations.
+
+        All are copies, so that a group tells its place even where one request comes twice.
+        """
+        seeds = [
+            seed_of(self.config.seed, step, first + index) if request.sampling.seed is None else request.sampling.seed
+            for index, request in enumerate(requests)
+        ]
+        return [
+            replace(request, sampling=replace(request.sampling, seed=seed))
+            for request, seed in zip(requests, seeds, strict=True)
+        ]
+
+    def _shared_out(self, requests: list[Request], step: int, first: int) -> list[Request]:
+        """Requests, of which a share stays to be pruned: a draw of (seed, step, place) for each."""
+        if self.config.prunes_all:
+            return requests
+        limit = schedules.pruned_share(self.config, step) * 2.0**64
+        draws = (seed_of(self.config.seed, "pruned", step, first + index) for index in range(len(requests)))
+        return [
+            request if draw < limit else replace(request, prune=None)
+            for request, draw in zip(requests, draws, strict=True)
+        ]
+
+
+def seed_of(*parts: object) -> int:
+    """64 bits of the parts."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _first(flags: Sequence[bool], count: int) -> list[bool]:
+    """The first `count` that are True, the others False."""
+    left = count
+    kept = []
+    for flag in flags:
+        kept.append(flag and left > 0)
+        left -= kept[-1]
+    return kept

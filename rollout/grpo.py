@@ -178,11 +178,14 @@ class GRPOConfig:
         if self.kl_schedule == "constant":
             for name in ("kl_min", "kl_max"):
                 self._check(name, "None for kl_schedule='constant'", lambda v: v is None)
+            self._check("kl_turn", "0.3 for kl_schedule='constant', which has no turn", lambda v: v == 0.3)
             return
         self._check("max_steps", f"an int for kl_schedule={self.kl_schedule!r}", lambda v: v is not None)
         self._check("kl_coef", f"0, which kl_schedule={self.kl_schedule!r} replaces", lambda v: v == 0)
         self._check("kl_min", "a number >= 0", lambda v: v is not None and 0 <= v < math.inf)
-        self._check("kl_max", f"a number >= kl_min, {self.kl_min}", lambda v: v is not None and self.kl_min <= v)
+        self._check(
+            "kl_max", f"a number >= kl_min, {self.kl_min}", lambda v: v is not None and self.kl_min <= v < math.inf
+        )
         self._check("kl_turn", "a number in (0, 1)", lambda v: 0 < v < 1)
 
     def _check_pruned_share(self) -> None:
@@ -192,6 +195,9 @@ class GRPOConfig:
             self._check("max_steps", "an int for pruned_share_end", lambda v: v is not None)
 
     def _check_kind(self) -> None:
+        if self.old_logprobs == "engine":
+            for name in ("correction", "rejection"):
+                self._check(name, "None for old_logprobs='engine', which leaves no mismatch", lambda v: v is None)
         aggregation = self.loss_options.resolve(self.kind).aggregation
         constant = aggregation == "constant"
         expected = f"{'an int' if constant else 'None'} for aggregation={aggregation!r}"

@@ -191,9 +191,13 @@ class Trainer:
             epoch, index = divmod(self.step, per_epoch)
             order = self._order(len(prompts), "epoch", epoch)
             chosen = order[index * size : (index + 1) * size]
-            # Of the step alone: a run that is resumed draws the same, and every epoch still has each prompt once.
-            others = [place for place in self._order(len(prompts), "more", self.step) if place not in set(chosen)]
-            yield [prompts[place] for place in chosen], (prompts[place] for place in others)
+            yield [prompts[place] for place in chosen], self._others(prompts, set(chosen))
+
+    def _others(self, prompts: Sequence[Request], chosen: set[int]) -> Iterator[Request]:
+        """Of the step alone: a run that is resumed draws the same, and every epoch still has each prompt once."""
+        for place in self._order(len(prompts), "more", self.step):
+            if place not in chosen:
+                yield prompts[place]
 
     def _order(self, count: int, *of: object) -> list[int]:
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, *of))

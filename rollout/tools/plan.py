@@ -19,7 +19,7 @@ from foveate.rollout.tools.sizes import Sizes
 
 GIB = 1 << 30
 RESERVE = 0.06  # of a GPU's memory: context, libraries, fragments
-WORKSPACE = 3 * (64 << 20)  # logits of a chunk, their softmax and gradient
+CHUNK_BYTES = 1 << 29  # of logits' gradients, as `foveate.kernels.policy_loss.triton_kernel` holds them at a time
 FLOAT32 = 4
 
 
@@ -172,12 +172,18 @@ def tower_activations(sizes: Sizes, work: Workload) -> int:
     return patches * (tower.depth * inputs + own if work.checkpointing else tower.depth * own)
 
 
-def memory(sizes: Sizes, work: Workload) -> dict[str, int]:
-    """Bytes by what they hold, while engine and trainer share the weights.
+def loss_workspace(sizes: Sizes, work: Workload) -> int:
+    """Estimate for a micro-batch: hidden states of its tokens and their gradient in float32, the LM head's gradient
+    before it is added, and of a chunk of ids the logits' gradients and their part of the head's, in float32."""
+    tokens = Rows.of(sizes, work).micro_batch(work)
+    chunk = min(CHUNK_BYTES // (tokens * work.itemsize), sizes.vocab)
+    states = 2 * tokens * sizes.hidden * FLOAT32
+    head = sizes.vocab * sizes.hidden * work.itemsize
+    return states + head + chunk * (tokens * work.itemsize + sizes.hidden * FLOAT32)
 
-    workspace: hidden states and their gradient of the completion tokens, the LM head's gradient of one micro-batch
-    before it is added, chunks of logits.
-    """
+
+def memory(sizes: Sizes, work: Workload) -> dict[str, int]:
+    """Bytes by what they hold, while engine and trainer share the weights."""
     weights = sizes.parameters * work.itemsize
     parts = {"weights": weights}
     if work.reference:
@@ -186,8 +192,7 @@ def memory(sizes: Sizes, work: Workload) -> dict[str, int]:
         parts["gradients"] = weights
         parts["optimiser"] = 2 * weights + FLOAT32 * sizes.tensors  # each tensor has a step count
         parts["activations"] = decoder_activations(sizes, work) + tower_activations(sizes, work)
-        predicted = 2 * Rows.of(sizes, work).micro_batch(work) * sizes.hidden * FLOAT32
-        parts["loss workspace"] = predicted + sizes.vocab * sizes.hidden * work.itemsize + WORKSPACE
+        parts["loss workspace"] = loss_workspace(sizes, work)
     parts["KV cache"] = kv_bytes(sizes, work)
     if sizes.tower is not None:
         tokens = work.prompts * work.images * work.patches // sizes.tower.merge

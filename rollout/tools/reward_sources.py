@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from foveate.rollout.config import require
-from foveate.rollout.rewards import Accuracy, Format, Perception, Repetition, Reward, WeightedReward
+from foveate.rollout.rewards import Accuracy, Format, Overlong, Perception, Repetition, Reward, WeightedReward
 from foveate.rollout.types import RolloutGroup
 
 BUILT_IN: dict[str, Callable[[], Reward]] = {
     kind.name: kind
-    for kind in (Accuracy, Format, Perception, Repetition)  # type: ignore[attr-defined]
+    for kind in (Accuracy, Format, Overlong, Perception, Repetition)  # type: ignore[attr-defined]
 }
 
 

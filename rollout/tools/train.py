@@ -51,8 +51,8 @@ class TrainOptions:
     n: int = 8
     """Samples of each prompt: one group."""
     rewards: dict[str, float] = field(default_factory=dict)
-    """Names and weights: accuracy, format, perception, repetition, package.module:name, file.py:name. Left out, those
-    of Perception-R1."""
+    """Names and weights: accuracy, format, overlong, perception, repetition, package.module:name, file.py:name. Left
+    out, those of Perception-R1."""
     eval_data: Path | None = None
     """Prompts answered greedily every grpo.eval_every steps; their mean rewards are reported as eval/NAME."""
     ref_model: str | None = None

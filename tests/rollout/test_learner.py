@@ -145,6 +145,26 @@ def test_engine_old_logprobs_and_importance_weights():
         torch.testing.assert_close(halved[name], plain[name] / 2, rtol=1e-3, atol=float(plain[name].abs().max()) * 1e-4)
 
 
+def test_the_mismatch_is_that_of_the_draws_and_the_old_policy_that_of_the_model():
+    """log_kept separates the two: the engine's model gave `logprobs`, the tokens were drawn from what was kept."""
+    model = tiny_model("qwen3")
+    batch = batch_of(model, False)
+    kept = [replace(s, rollout=replace(s.rollout, log_kept=s.rollout.log_kept - 0.5)) for s in batch.samples]
+    kept = replace(batch, samples=kept)
+    config = GRPOConfig(max_grad_norm=None, correction="tis")
+    _, report = gradient_after(model, kept, config)  # behaviour = logprobs + 0.5
+    assert report["policy/correction"] == pytest.approx(math.exp(-0.5), abs=TOLERANCE)
+    assert report["policy/mismatch_k1"] == pytest.approx(0.5, abs=TOLERANCE)
+    _, report = gradient_after(model, kept, GRPOConfig(max_grad_norm=None, old_logprobs="engine"))
+    assert report["policy/ratio"] == pytest.approx(1.0, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("option", [{"correction": "tis"}, {"rejection": "geometric"}])
+def test_the_engines_own_log_probs_leave_no_mismatch(option):
+    with pytest.raises(ValueError, match=r"expected None for old_logprobs='engine'"):
+        GRPOConfig(old_logprobs="engine", **option)
+
+
 def test_kl_to_a_reference():
     model = tiny_model("qwen3")
     batch = replace(batch_of(model, False), advantages=torch.zeros(9))

@@ -48,6 +48,8 @@ def test_tokens_of_a_group():
     lengths = [0, 6, 7, 8, 10]
     assert Overlong(4, max_tokens=10)(make_group(lengths)) == [0.0, 0.0, -0.25, -0.5, -1.0]
     assert Overlong(4)(make_group(lengths, max_tokens=10)) == [0.0, 0.0, -0.25, -0.5, -1.0]
+    assert Overlong()(make_group([8, 9, 10], max_tokens=10)) == [0.0, -0.5, -1.0]  # a fifth
+    assert Overlong()(make_group([8, 9, 10, 11], max_tokens=11)) == [0.0, -1 / 3, -2 / 3, -1.0]  # rounded up: 3
     assert Overlong(4)(make_group(lengths, max_tokens=20)) == [0.0] * 5
 
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from foveate.kernels.policy_loss import triton_kernel
 from foveate.rollout import cli, models
 from foveate.rollout.batch import Batch
 from foveate.rollout.config import EngineConfig, SamplingParams
@@ -275,3 +276,16 @@ def test_an_unknown_model_is_named(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["doctor", "--plan", "--model", "GPT"])
     assert "'GPT' (--model)" in capsys.readouterr().err
+
+
+def test_the_loss_workspace_is_that_of_the_kernel():
+    """A chunk of ids takes the kernel's bytes, unless all ids need fewer."""
+    assert plan.CHUNK_BYTES == triton_kernel.CHUNK_BYTES
+    sizes = sizes_of("Qwen2.5-VL-3B")
+    for micro_batch, whole in ((1, True), (1 << 16, False)):
+        work = Workload(micro_batch=micro_batch, prompt=64, completion=64)
+        tokens = Rows.of(sizes, work).micro_batch(work)
+        ids = sizes.vocab if whole else plan.CHUNK_BYTES // (2 * tokens)
+        assert (ids < sizes.vocab) != whole
+        expected = 8 * tokens * sizes.hidden + 2 * sizes.vocab * sizes.hidden + ids * (2 * tokens + 4 * sizes.hidden)
+        assert memory(sizes, work)["loss workspace"] == expected

@@ -333,7 +333,7 @@ def test_rewards_by_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("acuracy", "expected one of ['accuracy', 'format', 'perception', 'repetition']"),
+        ("acuracy", "expected one of ['accuracy', 'format', 'overlong', 'perception', 'repetition']"),
         ("nowhere.reward:f", "expected a module that can be imported, got nowhere.reward"),
         ("nowhere.py:f", "expected a file, got 'nowhere.py'"),
         ("{folder}/reward.py:high", "expected a function or class 'high'"),

@@ -46,8 +46,14 @@ def linear_logprobs(
     """Log-softmax of z = cap(hidden @ lm_head^T + bias) / temperature at the targets, its log-sum-exp and entropy.
 
     cap(x) = softcap tanh(x / softcap), the identity for None. Products and sums accumulate in float32 (float64 if
-    `hidden` or `lm_head` is), whatever the inputs' dtype and autocast. A target of -100 gives zeros and no gradient.
-    Gradients reach hidden, lm_head and bias through all three results, once (no second derivative).
+    `hidden` or `lm_head` is), whatever the inputs' dtype and autocast. A target of -100 gives zeros and no gradient,
+    whatever its row of `hidden` holds. Gradients reach hidden, lm_head and bias through all three results, once (no
+    second derivative).
+
+    On a GPU, "triton" multiplies `hidden` and `lm_head` on tensor cores if both are float16 or both bfloat16; float32,
+    or two dtypes, in full float32 without tensor cores, many times slower. What torch multiplies in float32 (all of
+    "reference"; of "triton" the gradients where it computes in full float32) is as precise as
+    `torch.set_float32_matmul_precision` has it: full unless set.
 
     hidden: float [N, D]. lm_head: float [V, D]. targets: int64 [N], in [0, V) or -100. temperature: > 0, or float
     [N]. bias: float [V]. allowed: bool [V] or [N, V]; the softmax runs over the allowed ids alone, a target outside
@@ -58,8 +64,9 @@ def linear_logprobs(
     """
     check_inputs(hidden, lm_head, targets, bias, softcap, allowed)
     chosen = products_backend(backend, hidden, lm_head)
-    temperatures = temperatures_of(temperature, hidden, lm_head)
-    given = (hidden, lm_head, bias, targets, temperatures, softcap, allowed_of(allowed, chosen))
+    temperatures = temperatures_of(temperature, hidden, lm_head).contiguous()
+    dense = None if bias is None else bias.contiguous()
+    given = (hidden, lm_head, dense, targets.contiguous(), temperatures, softcap, allowed_of(allowed, chosen))
     return LinearLogprobs(*_LinearLogprobs.apply(products(chosen), *given))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -70,12 +71,13 @@ def linear_policy_loss(
 
     hidden: float [N, D]. lm_head: float [V, D]. targets: int64 [N]. advantages: float [S], or (rewards float [S] or
     [S, R], group_offsets int32 [G + 1]), for which `group_advantage` is called with the kind's own normalisation: both
-    of the whole batch. sequence_ids: int32 [N] in [0, S). denominator: > 0, a number or a scalar tensor.
+    of the whole batch. sequence_ids: int32 [N] in [0, S). denominator: finite, > 0, a number or a scalar tensor.
     old_logprobs: float [N], None for the current ones (on policy, ratio 1). rollout_logprobs: float [N], those under
     which the engine drew the tokens (`rollout.behaviour_logprobs`). ref_logprobs: float [N]. mask: bool [N].
     temperature, bias, softcap, allowed: see `linear_logprobs`. No `[N, V]` tensor exists; nothing waits for the GPU
     beyond the checks of `linear_logprobs` and `group_advantage`. Raises ValueError on shapes, dtypes, and options
-    without meaning together; on the CPU on sequence ids too, which on a GPU give NaN. A NaN advantage gives a NaN loss.
+    without meaning together; on the CPU on sequence ids too, which on a GPU give NaN, and on a
+    denominator that is a tensor. A NaN advantage gives a NaN loss.
     """
     out = linear_logprobs(
         hidden, lm_head, targets, temperature=temperature, bias=bias, softcap=softcap, allowed=allowed, backend=backend
@@ -242,8 +244,10 @@ def _in_triton(tokens: reference.Tokens, formula: Formula, denominator: torch.Te
 def _scalar(denominator: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if isinstance(denominator, torch.Tensor):
         require(denominator.numel() == 1, "a scalar", kind_of(denominator), "denominator")
-        return denominator.detach().reshape(()).to(like.device, torch.float64)
-    require(denominator > 0, "a number > 0", denominator, "denominator")
+        denominator = denominator.detach()
+        if denominator.is_cuda:  # not waited for
+            return denominator.reshape(()).to(like.device, torch.float64)
+    require(0 < float(denominator) < math.inf, "a finite number > 0", denominator, "denominator")
     return torch.full((), float(denominator), dtype=torch.float64, device=like.device)
 
 
@@ -256,10 +260,10 @@ def _check_sources(options: PolicyLossOptions, old, rollout, ref) -> None:
     }
     for (argument, names), given in zip(needed.items(), (rollout, ref), strict=True):
         require(not names or given is not None, f"float [N] for {', '.join(names)}", given, argument)
-    twice = options.correction is not None and old is not None and old is rollout
-    require(
-        not twice, "None: the ratio to the engine's own log-probs needs no correction", options.correction, "correction"
-    )
+    for name in ("correction", "rejection"):
+        twice = old is not None and old is rollout and getattr(options, name) is not None
+        reason = "None: the ratio to the engine's own log-probs needs no correction"
+        require(not twice, reason, getattr(options, name), name)
 
 
 def _check_vectors(logprobs, entropy, old, rollout, ref, mask) -> None:

@@ -16,7 +16,8 @@ Aggregation = Literal["token", "sequence", "constant"]
 class Kind(NamedTuple):
     """surrogate: the formula of a token. ratio: that of a token or of its sequence, where "sequence_token" has the
     sequence's value and the token's gradient. Then the published values: clip_low, clip_high (None where there is no
-    such bound), aggregation, and the kind of advantage that goes with it.
+    such bound), aggregation, and the kind of advantage that goes with it. The bounds of "cispo" are verl's
+    defaults: its paper (MiniMax-M1, arXiv 2506.13585) imposes no lower bound, and prints no number.
     """
 
     surrogate: Surrogate

@@ -20,6 +20,7 @@ import torch
 import triton
 
 from foveate.kernels.policy_loss import triton_loss
+from foveate.kernels.policy_loss.arguments import IGNORE
 from foveate.kernels.policy_loss.triton_tiles import (
     logit_gradients_kernel,
     logprob_partials_kernel,
@@ -59,6 +60,7 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-prob of the target, log-sum-exp, entropy; each float32 [N]. No autograd.
 
+    All vectors are contiguous.
     hidden: [N, D], lm_head: [V, D], of float32, float16 or bfloat16; of two dtypes they are multiplied in float32.
     bias: float [V] or None. targets: int64 [N]. temperatures: float32 [N]. allowed: int32 [1 or N, ceil(V / 32)], the
     bits of `foveate.kernels.sampling.masks.pack`, or None.
@@ -108,6 +110,8 @@ def backward(
     """
     dtypes = hidden.dtype, lm_head.dtype
     hidden, lm_head = _operands(hidden, lm_head)
+    if need_head:  # a row that is ignored may hold NaN, which 0 times it would keep
+        hidden = hidden.masked_fill((targets == IGNORE)[:, None], 0.0)
     (rows, _), vocab = hidden.shape, len(lm_head)
     grads = [g.float().contiguous() for g in (g_logprob, g_logsumexp, g_entropy)]
     if rows == 0:
@@ -169,7 +173,7 @@ def _times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
 
 
 def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in float32, summed in float32."""
+    """a @ b in float32, summed in float32; of float32 operands as precise as torch is set to multiply them."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

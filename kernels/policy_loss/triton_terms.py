@@ -21,6 +21,23 @@ def _clamp(x, low, high):
 
 
 @triton.jit
+def _exp(x):
+    """e^x to an ulp, within the normal numbers: the instruction rounds x log2(e), which costs |x| ulp."""
+    x = _clamp(x, -87.0, 88.0)
+    power = tl.floor(x * 1.4426950408889634 + 0.5)
+    rest = x - power * 0.693359375 + power * 2.12194440e-4  # ln 2 in two parts: the first product is exact
+    series = 1.0 + rest * (1.0 / 7.0)
+    series = 1.0 + rest * (1.0 / 6.0) * series
+    series = 1.0 + rest * (1.0 / 5.0) * series
+    series = 1.0 + rest * (1.0 / 4.0) * series
+    series = 1.0 + rest * (1.0 / 3.0) * series
+    series = 1.0 + rest * 0.5 * series
+    series = 1.0 + rest * series
+    exponent = tl.where(power == power, power, 0.0).to(tl.int32) + 127
+    return series * (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _exp_minus_line(x):
     """e^x - 1 - x, to a few ulp: below 1 in magnitude by its series."""
     tail = 1.0 + x * (1.0 / 12.0)
@@ -34,20 +51,27 @@ def _exp_minus_line(x):
     tail = 1.0 + x * (1.0 / 4.0) * tail
     tail = 1.0 + x * (1.0 / 3.0) * tail
     near = 0.5 * x * x * tail
-    return tl.where((x < 1.0) & (x > -1.0), near, tl.exp(x) - 1.0 - x)
+    return tl.where((x < 1.0) & (x > -1.0), near, _exp(x) - 1.0 - x)
 
 
 @triton.jit
 def _token_factor(mismatch, low, high, CORRECTION: tl.constexpr):
     """The correction that a token has by itself; 1 where the sequence has it."""
     if CORRECTION == "tis":
-        factor = _clamp(tl.exp(_clamp(mismatch, -LIMIT, LIMIT)), 0.0, high)
+        factor = _clamp(_exp(_clamp(mismatch, -LIMIT, LIMIT)), 0.0, high)
     elif CORRECTION == "mis":
-        weight = tl.exp(_clamp(mismatch, -LIMIT, LIMIT))
+        weight = _exp(_clamp(mismatch, -LIMIT, LIMIT))
         factor = tl.where((weight < low) | (weight > high), 0.0, weight)
     else:
         factor = tl.full(mismatch.shape, 1.0, tl.float32)
     return factor
+
+
+@triton.jit
+def _largest(values):
+    """The largest of numbers >= 0, NaN if one of them is: `tl.max` leaves NaN out."""
+    total = tl.sum(values, axis=0)
+    return tl.where(total == total, tl.max(values, axis=0), total)
 
 
 @triton.jit
@@ -96,26 +120,26 @@ def sequence_kernel(
     factor = divisor * 0.0 + 1.0
     mean_factor = factor
     if HAS_ROLLOUT:
-        product = tl.exp(_clamp(tl.sum(mismatch_sum, axis=0), -LIMIT, LIMIT))
+        product = _exp(_clamp(tl.sum(mismatch_sum, axis=0), -LIMIT, LIMIT))
         if CORRECTION == "tis_sequence":
             factor = _clamp(product, 0.0, correction_high)
         if CORRECTION == "mis_sequence":
             factor = tl.where((product < correction_low) | (product > correction_high), 0.0, product)
         if REJECTION is not None:
             if REJECTION == "geometric":
-                statistic = tl.exp(_clamp(tl.sum(mismatch_sum, axis=0) / divisor, -LIMIT, LIMIT))
+                statistic = _exp(_clamp(tl.div_rn(tl.sum(mismatch_sum, axis=0), divisor), -LIMIT, LIMIT))
             else:
-                statistic = tl.sum(k3, axis=0) / divisor
+                statistic = tl.div_rn(tl.sum(k3, axis=0), divisor)
             outside = (statistic < rejection_low) | (statistic > rejection_high)
             factor = tl.where(outside, 0.0, factor + 0.0 * statistic)
         if OFF_POLICY:
-            mean_gap = tl.sum(gap, axis=0) / divisor
+            mean_gap = tl.div_rn(tl.sum(gap, axis=0), divisor)
             outside = (tl.load(advantages + sequence) < 0.0) & (mean_gap > off_policy_limit)
             factor = tl.where(outside, 0.0, factor + 0.0 * mean_gap)
-        mean_factor = tl.where(factor == 0.0, 0.0, factor * tl.sum(factors, axis=0) / divisor)
+        mean_factor = tl.where(factor == 0.0, 0.0, factor * tl.div_rn(tl.sum(factors, axis=0), divisor))
     out = sums + sequence * NUM_SUMS
     tl.store(out, count)
-    tl.store(out + 1, tl.sum(ratio, axis=0) / divisor)
+    tl.store(out + 1, tl.div_rn(tl.sum(ratio, axis=0), divisor))
     tl.store(out + 2, factor)
     tl.store(out + 3, mean_factor)
 
@@ -141,8 +165,8 @@ def _policy_term(
         low, high, dual = negative & low, positive & high, bound | (negative & over)
     elif SURROGATE == "sapo":
         tau = tl.where(advantage > 0.0, tau_pos, tau_neg)
-        gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
-        loss = -(gate * 4.0 / tau) * advantage
+        gate = tl.div_rn(1.0, 1.0 + _exp(-tau * (ratio - 1.0)))
+        loss = -tl.div_rn(gate * 4.0, tau) * advantage
         slope = -4.0 * gate * (1.0 - gate) * ratio * advantage
     else:
         slope = -clipped * advantage
@@ -179,13 +203,13 @@ def loss_kernel(
         weight = tl.where(run, weight, float("nan"))
         if BY_SEQUENCE:
             length = tl.load(place, mask=valid, other=1.0)
-            weight = weight / tl.where(length < 1.0, 1.0, length)
+            weight = tl.div_rn(weight, tl.where(length < 1.0, 1.0, length))
         if RATIO != "token":
             difference = tl.load(place + 1, mask=valid, other=float("nan"))
         factor = tl.load(place + 2, mask=valid, other=1.0)
         mean_factor = tl.load(place + 3, mask=valid, other=1.0)
     free = (difference >= -LIMIT) & (difference <= LIMIT)
-    ratio = tl.exp(_clamp(difference, -LIMIT, LIMIT))
+    ratio = _exp(_clamp(difference, -LIMIT, LIMIT))
     policy, slope, low, high, dual = _policy_term(
         ratio, logprob, advantage, floor, ceiling, dual_clip, delta, tau_pos, tau_neg, SURROGATE
     )  # fmt: skip
@@ -222,7 +246,7 @@ def loss_kernel(
     if HAS_ENTROPY:
         tl.store(d_entropy + token, tl.where(kept, -entropy_coef * by_weight, 0.0), mask=there)
     value = weight * (policy + kl_coef * kl - entropy_coef * nats)
-    raw = tl.exp(mismatch)
+    raw = _exp(mismatch)
     size = tl.abs(mismatch)
     out = partials + program * NUM_COLUMNS
     tl.store(out + 0, tl.sum(tl.where(kept, 1.0, 0.0), axis=0))
@@ -239,8 +263,8 @@ def loss_kernel(
     tl.store(out + 11, tl.sum(tl.where(kept, size, 0.0), axis=0))
     tl.store(out + 12, tl.sum(tl.where(kept, raw, 0.0), axis=0))
     tl.store(out + 13, tl.sum(tl.where(kept, raw * raw, 0.0), axis=0))
-    tl.store(out + 14, tl.max(tl.where(kept, ratio, 0.0), axis=0))
-    tl.store(out + 15, tl.max(tl.where(kept, size, 0.0), axis=0))
+    tl.store(out + 14, _largest(tl.where(kept, ratio, 0.0)))
+    tl.store(out + 15, _largest(tl.where(kept, size, 0.0)))
     tl.store(out + 16, tl.sum(tl.where(kept, value, 0.0), axis=0))
 
 
@@ -261,6 +285,7 @@ def total_kernel(
     sums = tl.sum(total, axis=0)
     last: tl.constexpr = NUM_COLUMNS - 1
     maximum = (column >= last - NUM_MAXIMA) & (column < last)
+    maximum = maximum & (sums == sums)  # NaN is in the sum, but left out of the largest
     tl.store(metrics + column, tl.where(maximum, tl.max(largest, axis=0), sums), mask=column < last)
     whole = tl.sum(tl.where(column == last, sums, 0.0), axis=0)
     tl.store(loss, (whole / tl.load(denominator)).to(tl.float32))

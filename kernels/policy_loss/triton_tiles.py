@@ -215,6 +215,7 @@ def logit_gradients_kernel(
         log_p = z - log_total[:, None]
         d = tl.exp(log_p) * (of_mass[:, None] - of_entropy[:, None] * tl.maximum(log_p, -200.0))
         d = (d + tl.where(id[None, :] == target[:, None], of_target[:, None], 0.0)) * slope
+        d = tl.where(counts[:, None], d, 0.0)  # whatever `hidden` holds in a row that is ignored
         if MASKED:
             d = tl.where(open, d, 0.0)  # a target that is not allowed
         place = out + row.to(tl.int64)[:, None] * out_stride + (first + tl.arange(0, TILE // 4))[None, :]

@@ -202,6 +202,49 @@ def test_ignored_rows():
     torch.testing.assert_close(d_head, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("name", ["targets", "temperature", "bias", "one_temperature"])
+def test_views_of_vectors(name, backend):
+    """Entries that do not lie side by side, or are all the same one."""
+    rows, vocab = 3, TILE + 1
+    hidden, head, bias, _, cotangents = problem(rows, 8, vocab)
+    targets = torch.tensor([5, 100, TILE], device=DEVICE)
+    dense = {"targets": targets, "temperature": torch.rand(rows, device=DEVICE) + 0.5, "bias": bias}
+    if name == "one_temperature":
+        view = {"temperature": torch.tensor(0.5, device=DEVICE).expand(rows)}
+        dense["temperature"] = torch.full((rows,), 0.5, device=DEVICE)
+    else:
+        view = {name: torch.stack([dense[name], dense[name].flip(0)], 1).flatten()[::2]}
+        assert view[name].stride() == (2,)
+    results = []
+    for given in (dense, {**dense, **view}):
+        leaves = [x.clone().requires_grad_() for x in (hidden, head)]
+        leaf = given["bias"].detach().requires_grad_()
+        values = {**given, "bias": leaf}
+        out = linear_logprobs(*leaves, values.pop("targets"), **values, backend=backend)
+        torch.autograd.backward(list(out), list(cotangents))
+        results.append([*out, *(x.grad for x in (*leaves, leaf))])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("needs", [(True, True), (True, False)], ids=["head", "frozen_head"])
+def test_ignored_rows_may_hold_anything(backend, value, needs):
+    """Between rows that count, in one block and one chunk; the cap, whose slope is NaN there too."""
+    hidden, head, bias, targets, cotangents = problem(5, 8, TILE + 1)
+    bias, given = bias.requires_grad_(), {"softcap": 3.0, "bias": bias, "backend": backend}
+    hidden[targets == -100] = 0.0
+    results = []
+    for x in (hidden, hidden.masked_fill((targets == -100)[:, None], value)):
+        leaves = [t.clone().requires_grad_(n) for t, n in zip((x, head), needs, strict=True)]
+        bias.grad = None
+        torch.autograd.backward(list(linear_logprobs(*leaves, targets, **given)), list(cotangents))
+        results.append([leaf.grad for leaf in leaves if leaf.requires_grad] + [bias.grad])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert not results[1][0][targets == -100].any()
+
+
 def test_no_rows():
     hidden, head, bias, targets, cotangents = problem(0, 8, 40)
     *values, d_hidden, d_head, d_bias = run(triton, hidden, head, bias, targets, cotangents)

@@ -114,6 +114,35 @@ def test_log_ratios_are_clamped_and_have_no_gradient_beyond():
     torch.testing.assert_close(logprobs.grad, torch.stack([0 * exps[0], 0 * exps[1], exps[2], exps[3]]))
 
 
+@pytest.mark.parametrize("shift", [30.0, -30.0])
+@pytest.mark.parametrize("kind", ["gspo", "gspo_token"])
+def test_the_log_ratio_of_a_sequence_is_clamped(kind, shift):
+    logprobs = torch.linspace(-40.0, -35.0, 7, dtype=torch.float64, requires_grad=True)
+    advantage = -math.copysign(1.0, shift)  # of the sign whose bound the ratio does not pass
+    out = logprob_policy_loss(logprobs, torch.zeros(7).double(), advantages=torch.tensor([advantage]).double(),
+                              sequence_ids=torch.zeros(7, dtype=torch.int32), denominator=1.0, kind=kind,
+                              old_logprobs=logprobs.detach() - shift)  # fmt: skip
+    ratio = math.exp(math.copysign(20.0, shift))
+    assert float(out.loss.detach()) == pytest.approx(-advantage * ratio, rel=1e-14)
+    assert float(out.metrics["ratio_max"]) == pytest.approx(ratio, rel=1e-14)
+    out.loss.backward()
+    assert not logprobs.grad.any()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_correction_of_a_sequence_is_clamped(sign):
+    logprobs = torch.full((40,), -3.0, dtype=torch.float64, requires_grad=True)
+    options = PolicyLossOptions(correction="tis_sequence", correction_high=math.inf)
+    out = logprob_policy_loss(logprobs, torch.zeros(40).double(), advantages=torch.tensor([-1.0]).double(),
+                              sequence_ids=torch.zeros(40, dtype=torch.int32), denominator=1.0, options=options,
+                              old_logprobs=logprobs.detach(), rollout_logprobs=logprobs.detach() - sign)  # fmt: skip
+    factor = math.exp(20.0 * sign)
+    assert float(out.loss.detach()) == pytest.approx(factor, rel=1e-14)
+    assert float(mean_metrics(out.metrics)["correction"]) == pytest.approx(factor, rel=1e-14)
+    out.loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.full_like(logprobs, factor / 40), rtol=1e-14, atol=0)
+
+
 ILLEGAL = [
     ("ppo", {}, "kind", "one of"),
     ("grpo", {"dual_clip": 3.0, "delta": 4.0}, "delta", "bound the same loss"),
@@ -181,6 +210,10 @@ def test_options_refuse_by_name(options, argument):
         ({"entropy": torch.zeros(25)}, {}, "entropy"),
         ({"sequence_ids": torch.zeros(25, dtype=torch.int32, device="meta")}, {}, "sequence_ids"),
         ({"denominator": 0.0}, {}, "denominator"),
+        ({"denominator": math.inf}, {}, "denominator"),
+        ({"denominator": math.nan}, {}, "denominator"),
+        ({"denominator": torch.tensor(math.inf)}, {}, "denominator"),
+        ({"denominator": torch.tensor(0.0)}, {}, "denominator"),
         ({"denominator": torch.ones(2)}, {}, "denominator"),
         ({"advantages": torch.ones(2, 2)}, {}, "advantages"),
         ({"sequence_ids": torch.zeros(25).long()}, {}, "sequence_ids"),
@@ -201,8 +234,9 @@ def test_the_engines_own_logprobs_need_no_correction():
     vectors, data = problem()
     data["old_logprobs"] = data["rollout_logprobs"]
     assert logprob_policy_loss(*vectors, **data).loss.isfinite()
-    with pytest.raises(ValueError, match=r"needs no correction.*\(correction\)"):
-        logprob_policy_loss(*vectors, **data, options=PolicyLossOptions(correction="tis"))
+    for options in ({"correction": "tis"}, {"rejection": "k3"}):
+        with pytest.raises(ValueError, match=rf"needs no correction.*\({next(iter(options))}\)"):
+            logprob_policy_loss(*vectors, **data, options=PolicyLossOptions(**options))
 
 
 def test_a_mask_of_the_wrong_shape_is_refused_before_it_broadcasts():

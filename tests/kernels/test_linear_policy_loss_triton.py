@@ -1,10 +1,12 @@
-"""The policy losses in Triton's interpreter: as close to float64 as plain float32 code, for every kind and option."""
+"""The policy losses in Triton: as close to float64 as plain float32 code, for every kind and option."""
 
 import itertools
+import math
 
 import pytest
 import torch
 
+from foveate.kernels.dispatch import available
 from foveate.kernels.policy_loss import (
     PolicyLossOptions,
     add_metrics,
@@ -18,7 +20,8 @@ from foveate.testing.tolerance import assert_as_exact_as
 pytest.importorskip("triton")
 triton_loss = pytest.importorskip("foveate.kernels.policy_loss.triton_loss")
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs Triton's interpreter")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = pytest.mark.skipif("triton" not in available("policy_loss", DEVICE), reason="needs Triton")
 
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3}
 NARROW = {"clip_low": 0.02, "clip_high": 0.03}
@@ -70,12 +73,14 @@ def problem(lengths=(300, 1, 0, 40, 259), dtype=torch.float32, spread=1.0):
     signs = 1 - 2 * (torch.arange(size) % 2)
     # Where nothing may be read.
     vectors = {name: x.masked_fill(~mask, float("nan")).to(dtype) for name, x in vectors.items()}
-    return (logprobs.to(dtype), entropy.to(dtype)), {
+    data = {
         **vectors,
         "mask": mask,
         "sequence_ids": torch.arange(size, dtype=torch.int32).repeat_interleave(torch.tensor(lengths).long()),
         "advantages": (torch.rand(size, generator=draw) * signs).to(dtype),
     }
+    on_device = {name: x.to(DEVICE) for name, x in data.items()}
+    return (logprobs.to(DEVICE, dtype), entropy.to(DEVICE, dtype)), on_device
 
 
 def evaluate(backend, dtype, kind, options, without=(), **given):
@@ -150,7 +155,7 @@ def test_micro_batches_of_whole_sequences_add_up(kind):
     options = PolicyLossOptions(**BOUNDS[kind], **OPTIONS["all"])
 
     def run(part):
-        rows = torch.isin(data["sequence_ids"], torch.tensor(part, dtype=torch.int32))
+        rows = torch.isin(data["sequence_ids"], torch.tensor(part, dtype=torch.int32, device=DEVICE))
         picked = {n: x if n == "advantages" else x[rows] for n, x in data.items()}
         leaf = vectors[0][rows].clone().requires_grad_()
         out = logprob_policy_loss(
@@ -173,10 +178,14 @@ WRONG = {"two_runs": [0, 0, 1, 0, 2], "beyond": [0, 0, 1, 2, 3], "negative": [-1
 
 
 def loss_of_ids(ids, kind, aggregation):
-    some = torch.zeros(5)
-    where = torch.tensor(ids, dtype=torch.int32), torch.ones(5, dtype=torch.bool), torch.ones(3)
+    some = torch.zeros(5, device=DEVICE)
+    where = (
+        torch.tensor(ids, dtype=torch.int32, device=DEVICE),
+        torch.ones(5, dtype=torch.bool, device=DEVICE),
+        torch.ones(3, device=DEVICE),
+    )
     formula = PolicyLossOptions(aggregation=aggregation).resolve(kind)
-    one = torch.tensor(1.0, dtype=torch.float64)
+    one = torch.tensor(1.0, dtype=torch.float64, device=DEVICE)
     return triton_loss.policy_loss(Tokens(some - 1, some, some - 1, None, None, *where), formula, one)[0]
 
 
@@ -196,11 +205,12 @@ def test_only_the_range_of_ids_matters_where_no_sequence_counts_as_a_whole():
 
 def test_a_run_with_a_foreign_token_gives_nan():
     """Two runs of one sequence may leave the start of the one and the end of the other."""
-    some, sums = torch.zeros(3), torch.zeros(1, triton_loss.NUM_SUMS)
-    ids, active = torch.tensor([0, 1, 0], dtype=torch.int32), torch.ones(3, dtype=torch.bool)
-    tokens = Tokens(some, some, None, None, None, ids, active, torch.ones(1))
+    some, sums = torch.zeros(3, device=DEVICE), torch.zeros(1, triton_loss.NUM_SUMS, device=DEVICE)
+    ids = torch.tensor([0, 1, 0], dtype=torch.int32, device=DEVICE)
+    active = torch.ones(3, dtype=torch.bool, device=DEVICE)
+    tokens = Tokens(some, some, None, None, None, ids, active, torch.ones(1, device=DEVICE))
     flags = triton_loss._sequence_flags(tokens, PolicyLossOptions().resolve("grpo"))
-    bounds = torch.tensor([0], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    bounds = [torch.tensor([place], dtype=torch.int32, device=DEVICE) for place in (0, 3)]
     pointers = (some, some, some, ids, active.view(torch.uint8), tokens.advantages, *bounds, sums)
     triton_loss.sequence_kernel[(1,)](*pointers, *(0.0,) * 5, **flags)
     assert sums[0, 0].isnan()
@@ -209,10 +219,10 @@ def test_a_run_with_a_foreign_token_gives_nan():
 
 def test_a_small_k3_keeps_its_digits():
     """e^-d + d - 1 as it stands has none left of a d of 1e-3 in float32."""
-    ids, zero = torch.zeros(50, dtype=torch.int32), torch.zeros(50)
-    distance = torch.linspace(-2e-3, 2e-3, 50)
+    ids, zero = torch.zeros(50, dtype=torch.int32, device=DEVICE), torch.zeros(50, device=DEVICE)
+    distance = torch.linspace(-2e-3, 2e-3, 50, device=DEVICE)
     out = logprob_policy_loss(
-        distance, zero, advantages=torch.zeros(1), sequence_ids=ids, denominator=1.0, ref_logprobs=zero,
+        distance, zero, advantages=zero[:1], sequence_ids=ids, denominator=1.0, ref_logprobs=zero,
         options=PolicyLossOptions(kl_coef=1.0, aggregation="token"), backend="triton",
     )  # fmt: skip
     d = distance.double()
@@ -243,20 +253,66 @@ def test_nan_shows(kind):
         options = PolicyLossOptions(**BOUNDS[kind], **wide, aggregation="token", kl_coef=0.1)
         out = logprob_policy_loss(*vectors, **data, denominator=1.0, kind=kind, options=options, backend="triton")
         assert out.loss.isnan(), name
+        expected = logprob_policy_loss(
+            *vectors, **data, denominator=1.0, kind=kind, options=options, backend="reference"
+        ).metrics
+        assert {n for n, x in out.metrics.items() if x.isnan()} == {n for n, x in expected.items() if x.isnan()}, name
+        assert out.metrics["ratio_max"].isnan() == (name == "old_logprobs")
+        assert out.metrics["mismatch_abs_max"].isnan() == (name in ("old_logprobs", "rollout_logprobs"))
+
+
+EXPONENTIAL = 4 * 2**-23  # e^20 to an ulp, and a few roundings of what is made of it
+
+
+def of_one_sequence(logprobs, kind, options, advantage, **given):
+    """Loss, its gradient and the metrics of a sequence."""
+    leaf, count = logprobs.to(DEVICE).requires_grad_(), len(logprobs)
+    out = logprob_policy_loss(
+        leaf, torch.zeros(count, device=DEVICE), advantages=torch.tensor([advantage], device=DEVICE), denominator=1.0,
+        sequence_ids=torch.zeros(count, dtype=torch.int32, device=DEVICE), kind=kind, options=options,
+        backend="triton", **{name: x.to(DEVICE) for name, x in given.items()},
+    )  # fmt: skip
+    out.loss.backward()
+    return float(out.loss.detach()), leaf.grad, out.metrics
+
+
+@pytest.mark.parametrize("shift", [30.0, -30.0])
+@pytest.mark.parametrize("kind", ["gspo", "gspo_token"])
+def test_the_log_ratio_of_a_sequence_is_clamped(kind, shift):
+    logprobs = torch.linspace(-40.0, -35.0, 7)
+    advantage = -math.copysign(1.0, shift)  # of the sign whose bound the ratio does not pass
+    loss, grad, metrics = of_one_sequence(logprobs, kind, PolicyLossOptions(), advantage, old_logprobs=logprobs - shift)
+    ratio = math.exp(math.copysign(20.0, shift))
+    assert loss == pytest.approx(-advantage * ratio, rel=EXPONENTIAL)
+    assert float(metrics["ratio_max"]) == pytest.approx(ratio, rel=EXPONENTIAL)
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_correction_of_a_sequence_is_clamped(sign):
+    logprobs = torch.full((40,), -3.0)
+    options = PolicyLossOptions(correction="tis_sequence", correction_high=math.inf)
+    given = {"old_logprobs": logprobs, "rollout_logprobs": logprobs - sign}
+    loss, grad, metrics = of_one_sequence(logprobs.clone(), "grpo", options, -1.0, **given)
+    factor = math.exp(20.0 * sign)
+    assert loss == pytest.approx(factor, rel=EXPONENTIAL)
+    assert float(metrics["correction"]) / 40 == pytest.approx(factor, rel=EXPONENTIAL)
+    expected = torch.full((40,), factor / 40, device=DEVICE)
+    torch.testing.assert_close(grad, expected, rtol=EXPONENTIAL, atol=0)
 
 
 def test_straight_from_hidden_states():
     generator = torch.Generator().manual_seed(0)
-    hidden, head = (torch.randn(n, 16, generator=generator) for n in (33, 50))
-    targets = torch.randint(50, (33,), generator=generator)
+    hidden, head = (torch.randn(n, 16, generator=generator).to(DEVICE) for n in (33, 50))
+    targets = torch.randint(50, (33,), generator=generator).to(DEVICE)
     targets[4] = -100
+    ids = torch.tensor([0, 1], dtype=torch.int32).repeat_interleave(torch.tensor([11, 22])).to(DEVICE)
     results = []
     for dtype, backend in ((torch.float64, "reference"), (torch.float32, "reference"), (torch.float32, "triton")):
         leaves = [x.to(dtype).requires_grad_() for x in (hidden, head)]
         out = linear_policy_loss(
-            *leaves, targets, advantages=torch.tensor([1.0, -1.0]), denominator=2.0, kind="sapo", backend=backend,
-            sequence_ids=torch.tensor([0, 1], dtype=torch.int32).repeat_interleave(torch.tensor([11, 22])),
-            options=PolicyLossOptions(entropy_coef=0.1),
+            *leaves, targets, advantages=torch.tensor([1.0, -1.0], device=DEVICE), sequence_ids=ids, denominator=2.0,
+            kind="sapo", options=PolicyLossOptions(entropy_coef=0.1), backend=backend,
         )  # fmt: skip
         out.loss.backward()
         results.append([out.loss.detach(), *(x.grad for x in leaves)])

@@ -82,7 +82,8 @@ def backward(
     grads = (g_logprob, g_logsumexp, g_entropy)
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in _chunks(hidden.shape[0], lm_head.shape[0]):
-            x = hidden[rows].to(dtype)
+            # A row that is ignored may hold NaN, which 0 times it would keep.
+            x = hidden[rows].to(dtype).masked_fill(~kept[rows, None], 0.0)
             part = _part(allowed, rows)
             z, slope = _scaled(x, head, offset, temperatures[rows], softcap, part)
             d_z = _grad_z(z.log_softmax(-1), targets[rows], entropy[rows], kept[rows], *(g[rows] for g in grads))

@@ -95,8 +95,9 @@ def cispo_surrogate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """-sg(clip(rho, floor, ceiling)) A l: the clipped ratio is a weight, no token loses its gradient.
 
-    "cispo" has bounds [1 - clip_low, 1 + clip_high], as MiniMax-M1 (arXiv 2506.13585) and verl; "cispo_max" bounds the
-    ratio above by clip_high itself, as ScaleRL (2510.13786) and TRL.
+    "cispo" has bounds [1 - clip_low, 1 + clip_high], as MiniMax-M1 (arXiv 2506.13585; its experiments have no lower
+    bound, clip_low = 1) and verl; "cispo_max" bounds the ratio above by clip_high itself, as ScaleRL (2510.13786) and
+    TRL.
     """
     weight = ratio.detach().clamp(formula.floor, formula.ceiling)
     return -weight * advantages * logprobs, ratio < formula.floor, ratio > formula.ceiling

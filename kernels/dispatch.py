@@ -60,15 +60,23 @@ def choose_among(
 ) -> str:
     """`choose` for an operation that has only some `backends` of its family.
 
-    A backend asked for by argument that it lacks is a ValueError that names the operation. FOVEATE_BACKEND speaks of
-    the family: an operation that lacks what it names takes the best it has, as it does where nothing is asked for.
+    A backend asked for by its name that it lacks is a ValueError that names the operation. FOVEATE_BACKEND, and an
+    argument "family=name" (`for_family`), speak of the family: an operation that lacks what they name takes the best
+    it has, as it does where nothing is asked for.
     """
-    chosen = choose(family, requested, device, dtype)
-    if chosen in backends:
-        return chosen
-    if requested is not None and _requested(family, requested)[0] is not None:
-        raise ValueError(f"expected one of {tuple(backends)}, which {operation} has, got {chosen!r} (backend)")
+    asked, _ = _requested(family, requested)
+    if asked is None or asked in backends:
+        chosen = choose(family, requested, device, dtype)
+        return chosen if chosen in backends else _best(family, device, dtype, backends)
+    choose(family, requested, device)  # what is asked for exists, for the rest of the family
+    if requested is not None and "=" not in requested:
+        raise ValueError(f"expected one of {tuple(backends)}, which {operation} has, got {asked!r} (backend)")
     return _best(family, device, dtype, backends)
+
+
+def for_family(family: str, requested: str | None) -> str | None:
+    """A backend asked for by its name, as a request that speaks of the family; others as they are."""
+    return f"{family}={requested}" if requested and "=" not in requested else requested
 
 
 def available(family: str, device: torch.device = _CPU) -> tuple[str, ...]:

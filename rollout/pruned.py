@@ -25,7 +25,7 @@ class Pruning:
     config_hash, method: of the configuration, or of the plan that is replayed. full: the prompt as a trainer's
     processor makes it. config: None for a plan. kept: what is kept of each image before the language model, by content
     hash. layer_sites: what sites inside it have kept, by ascending layer. versions: of the weights (language, vision)
-    that the prompt was first computed with.
+    that the last of its tokens were selected with.
     """
 
     config_hash: str
@@ -46,6 +46,24 @@ class Pruning:
             for tensor in (kept.indices, *((merge.offsets, merge.source, merge.weight) if merge else ())):
                 digest.update(tensor.contiguous().numpy().data)
         return digest.digest()
+
+    def note(self, versions: tuple[int, int] | None) -> None:
+        """Weights that part of the selection was made with; the plan says the latest."""
+        if versions is not None:
+            self.versions = max(self.versions or versions, versions)
+
+
+def begin(prompt: Prompt, versions: tuple[int, int]) -> None:
+    """Before tokens of the prompt are computed: what is not selected yet may be by these weights."""
+    pruning = prompt.pruning
+    if pruning is None or pruning.config is None:
+        return
+    if pruning.config.site == "layer":
+        is_selected = bool(pruning.layer_sites)
+    else:
+        is_selected = all(image.content_hash in pruning.kept for image in prompt.images)
+    if pruning.versions is None or not is_selected:
+        pruning.note(versions)
 
 
 def pruned(full: Prompt, config: PruneConfig) -> Prompt:
@@ -70,14 +88,20 @@ def record(prompt: Prompt, image: ImageInput, kept: Kept) -> None:
             prompt.positions[:, rows] = prompt.pruning.full.positions[:, source.start + indices]
 
 
-def adopt(prompt: Prompt, source: Prompt) -> None:
-    """Takes over what was kept of images that both prompts hold, in segments that they share."""
+def adopt(prompt: Prompt, source: Prompt, span: tuple[int, int]) -> None:
+    """Takes over what was kept of the images in a segment that two prompts share.
+
+    span: of the segment, in either prompt. Images elsewhere may be pruned otherwise: only a segment's identity says
+    that the configuration and the tower are the same.
+    """
     if prompt.pruning is None or source.pruning is None or prompt is source:
         return
     for image in prompt.images:
         kept = source.pruning.kept.get(image.content_hash)
-        if kept is not None and image.content_hash not in prompt.pruning.kept:
+        inside = span[0] <= image.start < span[1]
+        if inside and kept is not None and image.content_hash not in prompt.pruning.kept:
             record(prompt, image, kept)
+            prompt.pruning.note(source.pruning.versions)
 
 
 def plan_of(prompt: Prompt) -> KeepPlan | None:
@@ -92,6 +116,7 @@ def plan_of(prompt: Prompt) -> KeepPlan | None:
         sites = (_encoder_site(pruning),)
     elif not sites:
         return None
+    selected = [kept.version for kept in pruning.kept.values() if kept.version is not None]
     return KeepPlan(
         config_hash=pruning.config_hash,
         method=pruning.method,
@@ -99,7 +124,7 @@ def plan_of(prompt: Prompt) -> KeepPlan | None:
         positions=prompt.positions.to(torch.int32).contiguous(),
         next_position=prompt.next_position,
         language_version=pruning.versions[0],
-        vision_version=pruning.versions[1],
+        vision_version=max(selected, default=pruning.versions[1]),
     )
 
 
@@ -199,3 +224,24 @@ def check_site(site: SiteKeep, sizes: list[int]) -> None:
         ascending = all(a < b for a, b in zip([-1, *kept], [*kept, size], strict=True))
         some = len(kept) > 0 or (site.kind == "layer" and start == stop)
         require(some and ascending, f"ascending tokens in [0, {size})", kept, "keep.kept")
+    _check_merges(site, sizes)
+
+
+def _check_merges(site: SiteKeep, sizes: list[int]) -> None:
+    """Raises ValueError for merges that are not ones of the site's kept tokens, whose offsets fit."""
+    fields = site.merge_offsets, site.merge_source, site.merge_weight
+    given = [field is not None for field in fields]
+    require(all(given) or not any(given), "all three fields of merges, or none", given, "keep.merge_offsets")
+    if site.merge_offsets is None or site.merge_source is None or site.merge_weight is None:
+        return
+    require(site.kind == "encoder", "merged tokens at the encoder alone", site.kind, "keep.merge_offsets")
+    offsets, source, count = site.merge_offsets.tolist(), site.merge_source.tolist(), len(site.kept)
+    weights = len(site.merge_weight)
+    require(weights == len(source), f"{len(source)} weights", weights, "keep.merge_weight")
+    whole = len(offsets) == count + 1 and offsets[0] == 0 and offsets[-1] == len(source)
+    ascending = all(a <= b for a, b in pairwise(offsets))
+    expected = f"{count + 1} offsets that ascend from 0 to {len(source)}"
+    require(whole and ascending, expected, offsets, "keep.merge_offsets")
+    for size, (start, stop) in zip(sizes, pairwise(site.kept_offsets.tolist()), strict=True):
+        beyond = [token for token in source[offsets[start] : offsets[stop]] if not 0 <= token < size]
+        require(not beyond, f"tokens in [0, {size})", beyond[:3], "keep.merge_source")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from foveate.kernels import sampling
+from foveate.kernels.dispatch import for_family
 from foveate.kernels.sampling import SampleOutput
 from foveate.rollout.config import EngineConfig
 from foveate.rollout.layer_groups import LayerGroups
@@ -39,8 +40,8 @@ class Runner:
         self.logits_backend = sampling.logits_backend(config.backend, self.device)
         self.vision, self.selector = None, None
         if spec.vision is not None:
-            memory = config.vision_cache_memory
-            self.vision = VisionEncoder(spec.vision, weights.dtype, memory, config.deterministic, config.backend)
+            memory, backend = config.vision_cache_memory, for_family("vision_prune", config.backend)
+            self.vision = VisionEncoder(spec.vision, weights.dtype, memory, config.deterministic, backend)
             self.selector = Selector(self.vision)
         # Not zeros: on a CPU the system commits the memory of pages as they are first written.
         shape = (2, groups.layers_per_page, num_pages, config.page_size, spec.num_kv_heads, spec.head_dim)

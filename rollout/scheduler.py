@@ -10,7 +10,7 @@ import torch
 from foveate.rollout.config import EngineConfig
 from foveate.rollout.prefill import Prefill
 from foveate.rollout.processor import Prompt
-from foveate.rollout.pruned import adopt
+from foveate.rollout.pruned import adopt, begin
 from foveate.rollout.segments import Chunk, Segment, SegmentTree, identities
 from foveate.rollout.tagged import OUTSIDE, Place, SpanMasks
 from foveate.rollout.text import TextDecoder
@@ -162,6 +162,8 @@ class Scheduler:
             self._start(samples, versions)
             for sequence in samples:
                 plan.add(sequence)
+        for chunk in plan.chunks:
+            begin(chunk.segment.source, versions)
         return Batch(decodes, plan.chunks, plan.firsts)
 
     def identify(self, group: Group, versions: tuple[int, int]) -> list[bytes]:
@@ -267,8 +269,7 @@ class Scheduler:
         group = samples[0].group
         if not group.path:
             group.path = self.tree.acquire(self.identify(group, versions), group.prompt)
-            if group.prompt.pruning and group.prompt.pruning.versions is None:
-                group.prompt.pruning.versions = versions
+            begin(group.prompt, versions)
         for sequence in samples:
             sequence.leaf = self.tree.branch(group.path[-1], sequence.room, sequence.stored())
         group.was_admitted = True
@@ -283,7 +284,7 @@ class Scheduler:
 
     def _drop_path(self, group: Group) -> None:
         for segment in group.path:
-            adopt(group.prompt, segment.source)
+            adopt(group.prompt, segment.source, segment.span)
             if segment.tail is not None:
                 segment.tail.hand_to(group.prompt)
             self.tree.release(segment)

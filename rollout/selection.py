@@ -89,8 +89,16 @@ class Selector:
         counts = {key: keep_count(len(feature), config.keep) for key, feature in features.items()}
         chosen = {key: _all(count, self.vision.version) for key, count in counts.items() if count == len(features[key])}
         rest = [key for key in features if key not in chosen]
-        images = {key: EncodedImage(key, features[key][:, 0], self.vision.attention_of(key)) for key in rest}
         failed: dict[bytes, str] = {}
+        images = {}
+        for key in rest:
+            attention = self.vision.attention_of(key)
+            if isinstance(attention, str) and encoder_pruner_of(config).needs_attention:
+                failed[key] = attention
+            else:
+                given = None if isinstance(attention, str) else attention
+                images[key] = EncodedImage(key, features[key][:, 0], given)
+        rest = list(images)
         for keys in [rest, *([key] for key in rest if len(rest) > 1)]:
             keys = [key for key in keys if key not in chosen]
             try:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from foveate.kernels import vision_prune
+from foveate.kernels.dispatch import for_family
 from foveate.kernels.vision_prune import Selection
 from foveate.rollout.layer_groups import LayerGroups
 from foveate.rollout.models.decoder import Decoder
@@ -48,6 +49,7 @@ class StagedPrefill:
         self.planner = planner
         self.groups = groups
         self.kv_pool = kv_pool
+        self.backend = for_family("vision_prune", decoder.backend)
         self.levels = max(0, levels - groups.layers[0].stop)  # deepstack levels that are added behind the first group
 
     def __call__(
@@ -70,7 +72,7 @@ class StagedPrefill:
         own = image_numbers(ended, hidden.device)
         kept: list[torch.Tensor] = []  # by stage, tokens of all images in their images' numbers
         for group in range(1, self.groups.count if len(rows.hidden) else 1):
-            rows, selection = self._run_group(StagePlan(group, chunks, ended), rows)
+            rows, selection = self._run_group(StagePlan(group, chunks, ended, self.backend), rows)
             if selection is not None:
                 starts = offsets_of([span.size for span in spans_of(ended, group)])[:-1]
                 own = own[vision_prune.selected_rows(selection, starts).long()]
@@ -157,7 +159,7 @@ class StagedPrefill:
         spans = [span for span in step.spans if span.prompt in step.choosing]
         images = [places(span.segment)[span.offset : span.offset + span.size] for span in spans]
         sizes = [sum(span.size for span in spans if span.prompt == index) for index in step.choosing]
-        scale, backend, device = self.decoder.scale, self.decoder.backend, queries.device
+        scale, backend, device = self.decoder.scale, self.backend, queries.device
         slots = (torch.from_numpy(np.concatenate(parts)).to(device) for parts in (paths, images))
         offsets = offsets_of([len(path) for path in paths])
         queries = queries.contiguous()

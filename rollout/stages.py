@@ -57,10 +57,11 @@ class Span:
 class StagePlan:
     """One stage of one step: whose rows are which, and which prompts lose what."""
 
-    def __init__(self, group: int, chunks: list[Chunk], ended: list[Segment]):
+    def __init__(self, group: int, chunks: list[Chunk], ended: list[Segment], backend: str | None = None):
         self.group = group
         self.chunks = chunks
         self.ended = ended
+        self.backend = backend  # of `foveate.kernels.vision_prune`
         self.pieces = pieces_of(chunks, group - 1)
         starts = [0, *accumulate(piece.stop - piece.start for piece in self.pieces)]
         self.num_rows = starts[-1]
@@ -97,7 +98,7 @@ class StagePlan:
         selection = Selection(*(tensor.to(device) for tensor in selection))
         left = vision_prune.surviving_rows(selection, starts, lengths, self.num_rows, num_out)
         planes = [rows.hidden, rows.cos, rows.sin, *(() if rows.extra is None else (rows.extra,)), *(projected or ())]
-        hidden, cos, sin, *more = vision_prune.compact(planes, left)
+        hidden, cos, sin, *more = vision_prune.compact(planes, left, backend=self.backend)
         extra = None if rows.extra is None else more.pop(0)
         return Rows(hidden, cos, sin, extra, rows.queries), (more[0], more[1], more[2]) if projected else None
 

@@ -61,6 +61,7 @@ class Tail:
         """Notes what was kept for a prompt that shares this one, unless it has a plan."""
         if prompt.pruning and self.prompt.pruning and not prompt.pruning.layer_sites:
             prompt.pruning.layer_sites = self.prompt.pruning.layer_sites
+            prompt.pruning.note(self.prompt.pruning.versions)
 
 
 def is_pruned_inside(prompt: Prompt) -> bool:
@@ -110,14 +111,22 @@ def check_plan(prompt: Prompt, groups: LayerGroups) -> None:
             kept = set(site.kept[site.kept_offsets[index] : site.kept_offsets[index + 1]].tolist())
             require(before is None or kept <= before, "nested sites", "others", "keep.sites")
             before = kept
+    ends = images[-1].start + images[-1].num_tokens == len(prompt.token_ids)
+    last = images[-1].num_tokens - 1
+    dropped = [site for site in prompt.pruning.layer_sites if last not in site.kept[site.kept_offsets[-2] :].tolist()]
+    require(not (ends and dropped), "the last token of the prompt to be kept", "dropped", "keep.sites")
 
 
 def fingerprint(prompt: Prompt) -> bytes:
-    """What tells this prompt, its configuration and its plan from others: what its pruned tokens depend on."""
+    """What tells this prompt, its configuration and its plan from others: what its pruned tokens depend on.
+
+    The boundaries too: a tail is one of certain segments.
+    """
     assert prompt.pruning is not None, prompt
     digest = hashlib.blake2b(prompt.pruning.config_hash.encode(), digest_size=16)
     digest.update(prompt.token_ids.numpy().data)
     digest.update(prompt.positions.contiguous().numpy().data)
+    digest.update(repr(prompt.boundaries).encode())
     for image in prompt.images:
         digest.update(image.content_hash)
     for site in prompt.pruning.layer_sites:

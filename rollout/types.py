@@ -131,7 +131,7 @@ class KeepPlan:
 
     config_hash: `PruneConfig.config_hash`. positions: int32 [3, P'], original positions of the prompt tokens that enter
     layer 0: all of them, or without those that an encoder site dropped. next_position: where text continues, as without
-    pruning. language_version, vision_version: weights with which the prompt was first computed.
+    pruning. language_version, vision_version: weights with which the last of its tokens were selected.
     """
 
     config_hash: str

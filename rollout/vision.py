@@ -18,10 +18,11 @@ from foveate.rollout.pruners.protocol import TowerAttention
 class _Entry:
     """Features in the cache, and the one view of them that was handed out and whose holders use them.
 
-    is_alone: no other image passed the tower with it. attention: what the tower's attention said, if it was asked.
+    is_alone: no other image passed the tower with it. attention: what the tower's attention said, if it was asked, or
+    as text what computing that raised.
     """
 
-    def __init__(self, features: torch.Tensor, is_alone: bool, attention: TowerAttention | None):
+    def __init__(self, features: torch.Tensor, is_alone: bool, attention: TowerAttention | str | None):
         self.features = features
         self.is_alone = is_alone
         self.attention = attention
@@ -33,7 +34,7 @@ class _Entry:
 
     @property
     def nbytes(self) -> int:
-        extra = (self.attention.scores, self.attention.keys) if self.attention else ()
+        extra = (self.attention.scores, self.attention.keys) if isinstance(self.attention, TowerAttention) else ()
         return sum(tensor.nbytes for tensor in (self.features, *extra))
 
 
@@ -86,8 +87,8 @@ class VisionEncoder:
         self.num_hits += num_hits  # nothing is counted if the tower fails
         return features
 
-    def attention_of(self, content_hash: bytes) -> TowerAttention | None:
-        """What the tower's attention said about an image whose features are held."""
+    def attention_of(self, content_hash: bytes) -> TowerAttention | str | None:
+        """What the tower's attention said about an image whose features are held; text if computing it failed."""
         return self._entries[content_hash].attention
 
     def clear(self, version: int | None = None) -> None:
@@ -101,7 +102,7 @@ class VisionEncoder:
         entry = self._entries.get(key)
         if entry is None or key not in selected:
             return entry is not None
-        return entry.is_alone and (entry.attention is not None or not selected[key])
+        return entry.is_alone and (isinstance(entry.attention, TowerAttention) or not selected[key])
 
     def _store(self, key: bytes, entry: _Entry) -> None:
         if key in self._entries:
@@ -130,9 +131,14 @@ class VisionEncoder:
         with _in_eval(self.spec.tower):
             return self.spec.encode(*self._inputs(images))
 
-    def _run_attended(self, image: ImageInput) -> tuple[torch.Tensor, TowerAttention]:
-        with _in_eval(self.spec.tower):
-            return self.spec.encode_attended(*self._inputs([image]), self.backend)
+    def _run_attended(self, image: ImageInput) -> tuple[torch.Tensor, TowerAttention | str]:
+        """Features, and what the attention says. Where that fails the tower runs without: others need the features."""
+        try:
+            with _in_eval(self.spec.tower):
+                return self.spec.encode_attended(*self._inputs([image]), self.backend)
+        except Exception as error:  # text, as an exception holds memory
+            reason = repr(error)
+        return self._run_tower([image])[0], reason
 
     def _inputs(self, images: Sequence[ImageInput]) -> tuple[torch.Tensor, torch.Tensor]:
         device = next(self.spec.tower.parameters()).device

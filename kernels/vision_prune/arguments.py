@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from foveate.kernels.dispatch import KERNEL_DTYPES, available, choose, require
+from foveate.kernels.dispatch import choose_among, require
 
 _CPU = torch.device("cpu")
 # What each primitive has, of the family's backends.
@@ -25,21 +25,11 @@ _IMPLEMENTED: dict[str, tuple[str, ...]] = {
 def backend_for(
     primitive: str, requested: str | None = None, device: torch.device = _CPU, dtype: torch.dtype = torch.float32
 ) -> str:
-    """The backend that serves a primitive on `device`: the family's, or where that lacks it the best that has it.
+    """The backend that serves a primitive on `device`, by the rule of `foveate.kernels.dispatch.choose_among`.
 
-    dtype: of the floating arguments. A request by name for what does not exist raises ValueError, as
-    `foveate.kernels.dispatch.choose` does.
+    dtype: of the floating arguments. Raises ValueError for a backend asked for by its name that the primitive lacks.
     """
-    chosen = choose("vision_prune", requested, device, dtype)
-    has = _IMPLEMENTED[primitive]
-    if chosen in has:
-        return chosen
-    named = requested in (chosen, f"vision_prune={chosen}")
-    require(not named, f"one of {has} for {primitive}", requested, "backend")
-    usable = [name for name in available("vision_prune", device) if name in has]
-    # The interpreter is for proofs, and float64 is served by the reference alone.
-    usable = [name for name in usable if name != "triton" or device.type == "cuda"]
-    return usable[0] if dtype in KERNEL_DTYPES else "reference"
+    return choose_among(_IMPLEMENTED[primitive], primitive, "vision_prune", requested, device, dtype)
 
 
 def check_offsets(offsets: torch.Tensor, total: int, argument: str) -> None:

@@ -154,8 +154,10 @@ def _contextual(units: torch.Tensor, dominant: list[int], count: int) -> dict[in
     others = [token for token in rest if token not in merged] if targets else []
     if others:
         cosines = similarities(units[others], units[targets])
-        for token, row in zip(others, cosines, strict=True):
-            merged[targets[int((row == row.max()).nonzero()[0])]].append(token)
+        columns = torch.arange(len(targets), device=cosines.device)
+        best = torch.where(cosines == cosines.amax(1, keepdim=True), columns, len(targets)).amin(1)
+        for token, target in zip(others, best.tolist(), strict=True):  # one wait for a GPU, not one a token
+            merged[targets[target]].append(token)
     return merged
 
 

@@ -7,7 +7,7 @@ import torch
 
 from foveate import _C
 from foveate.kernels import dispatch
-from foveate.kernels.dispatch import available, choose, choose_among, explain
+from foveate.kernels.dispatch import available, choose, choose_among, explain, for_family
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -85,7 +85,7 @@ def test_backends_by_family(monkeypatch):
 
 
 def test_an_operation_with_some_of_its_family(monkeypatch, with_cuda):
-    """The environment speaks of the family, an argument of the operation."""
+    """The environment and "family=name" speak of the family, a name alone of the operation."""
     assert choose_among(("triton", "reference"), "op", "layers") == "reference"  # not the interpreter
     assert choose_among(("triton", "reference"), "op", "layers", device=CUDA) == "triton"
     assert choose_among(("cpp", "reference"), "op", "layers", device=CUDA) == "reference"
@@ -94,8 +94,13 @@ def test_an_operation_with_some_of_its_family(monkeypatch, with_cuda):
         ValueError, match=r"expected one of \('triton', 'reference'\), which op has, got 'cpp' \(backend\)"
     ):
         choose_among(("triton", "reference"), "op", "layers", "cpp")
-    with pytest.raises(ValueError, match=r"which op has, got 'cpp' \(backend\)"):
-        choose_among(("reference",), "op", "layers", "layers=cpp,sampling=reference")
+    for asked in ("layers=cpp", "sampling=reference,layers=cpp", for_family("layers", "cpp")):
+        assert choose_among(("reference",), "op", "layers", asked) == "reference"
+        assert choose_among(("reference",), "op", "layers", asked, dtype=torch.float64) == "reference"
+        with pytest.raises(ValueError, match="it runs on CPU tensors"):
+            choose_among(("reference",), "op", "layers", asked, CUDA)
+    assert for_family("layers", None) is None
+    assert for_family("layers", "sampling=cpp") == "sampling=cpp"
     with pytest.raises(ValueError, match="it runs on CPU tensors"):
         choose_among(("cpp",), "op", "layers", "cpp", CUDA)
     monkeypatch.setenv("FOVEATE_BACKEND", "layers=cpp")

@@ -224,10 +224,16 @@ def test_which_backend_serves_what(monkeypatch):
     assert arguments.backend_for("attention_scores") == "reference"
     monkeypatch.setenv("FOVEATE_BACKEND", "cpp")
     assert arguments.backend_for("attention_scores") == "reference"
-    with pytest.raises(ValueError, match=r"expected one of \('triton', 'reference'\) for column_scores, got 'cpp'"):
+    for asked in ("vision_prune=cpp", "sampling=cpp,vision_prune=cpp"):  # of the family
+        assert arguments.backend_for("attention_scores", asked) == "reference"
+        assert arguments.backend_for("attention_scores", asked, dtype=torch.float64) == "reference"
+        assert arguments.backend_for("select_topk", asked) == "cpp"
+    assert arguments.backend_for("select_topk", "sampling=cpp,vision_prune=triton") == "cpp"
+    assert arguments.backend_for("merge_similar", "vision_prune=triton") == "reference"
+    with pytest.raises(ValueError, match=r"\('triton', 'reference'\), which column_scores has, got 'cpp' \(backend\)"):
         arguments.backend_for("column_scores", "cpp")
-    with pytest.raises(ValueError, match=r"for select_topk, got 'vision_prune=triton'"):
-        arguments.backend_for("select_topk", "vision_prune=triton")
+    with pytest.raises(ValueError, match=r"which select_topk has, got 'triton' \(backend\)"):
+        arguments.backend_for("select_topk", "triton")
 
 
 def test_what_does_not_fit_is_named():

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.kernels import vision_prune
 from foveate.kernels.dispatch import available
@@ -267,6 +268,32 @@ def test_merge_tokens_leaves_the_bits_of_what_was_not_merged():
     out = vision_prune.merge_tokens(features, offsets, merge)
     assert torch.equal(out[1:], features[[1, 4]])
     assert out[0].isinf().all()
+
+
+class ValuesRead(TorchDispatchMode):
+    """Counts single values that Python reads: on a GPU each waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_merging_reads_no_value_for_each_token():
+    """And of equal cosines takes the lowest target."""
+    counts = []
+    for size in (8, 60):
+        features, none = torch.ones(size, 3), Selection(ints(), ints(0, 0))
+        with ValuesRead() as read:
+            merge = vision_prune.merge_similar(features, offsets_of([size]), none, ints(3))
+        counts.append(read.count)
+        targets = [0, size // 3, 2 * (size // 3)]
+        assert merge.indices.tolist() == targets
+        assert merge.merge_source.tolist() == [i for i in range(size) if i not in targets[1:]]
+    assert counts[0] == counts[1]
 
 
 def test_what_does_not_fit_is_named():

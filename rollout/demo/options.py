@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from foveate.rollout.config import require
+from foveate.rollout.pruning import PruneConfig
+
+# Of the methods inside the language model, for a decoder of three layers.
+LAYER_OPTIONS: dict[str, dict[str, Any]] = {"fastv": {"layer": 1}, "pyramiddrop": {"layers": (1, 2)}}
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,28 @@ class DemoOptions:
     """Folder of report.html, the trained model and the metrics of each step. Files of an earlier run are replaced."""
     threads: int | None = None
     """Threads of torch. Left out, a good number is measured; give it for a run that repeats to the bit."""
+    kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "cispo_max", "sapo"] = "grpo"
+    """Of policy loss."""
+    advantage: Literal["kind", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gdpo"] = "kind"
+    """Of the groups' rewards; "kind" is what the kind of loss has."""
+    prune: Literal["random", "strided", "visionzip", "divprune", "fastv", "pyramiddrop"] | None = None
+    """Prune vision tokens by this method in GRPO and its evaluations. The warm start sees all of them."""
+    keep: float | None = None
+    """Share of the 4 vision tokens of an image that pruning keeps; left out, a half."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "an int >= 1", self.steps, "--steps")
         require(self.seed >= 0, "an int >= 0", self.seed, "--seed")
         require(self.threads is None or self.threads >= 1, "an int >= 1", self.threads, "--threads")
+        require(self.keep is None or self.prune is not None, "no share without --prune", self.keep, "--keep")
+        require(self.keep is None or 0 < self.keep <= 1, "0 < keep <= 1", self.keep, "--keep")
         existing = next(path for path in (self.output, *self.output.absolute().parents) if path.exists())
         require(existing.is_dir(), "a folder", str(existing), "--output")
+
+    @property
+    def prune_config(self) -> PruneConfig | None:
+        """Of the engine that GRPO rolls out with."""
+        if self.prune is None:
+            return None
+        keep = 0.5 if self.keep is None else self.keep
+        return PruneConfig(self.prune, keep, **LAYER_OPTIONS.get(self.prune, {}))

@@ -6,20 +6,23 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from foveate.kernels.policy_loss import KINDS
 from foveate.rollout.config import EngineConfig
 from foveate.rollout.demo.model import make_model, make_processor
 from foveate.rollout.demo.options import DemoOptions
 from foveate.rollout.demo.record import Arm, DemoRecord, Reply, replies_of
 from foveate.rollout.demo.report import write_report
 from foveate.rollout.demo.scenes import QUESTIONS, Scene, scene_stream
-from foveate.rollout.demo.tasks import evaluate, make_request, make_reward, sample_groups
+from foveate.rollout.demo.tasks import MAX_TOKENS, evaluate, make_request, make_reward, sample_groups
 from foveate.rollout.demo.threads import choose, step_seconds, thread_count
 from foveate.rollout.demo.warmstart import SupervisedTrainer, WarmStartConfig, warm_start
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.progress import without_transformers_bars
+from foveate.rollout.pruning import PruneConfig
 from foveate.rollout.rewards import WeightedReward
 from foveate.rollout.trainer import StepRecord, Trainer
 
@@ -46,7 +49,13 @@ def grpo_config(options: DemoOptions) -> GRPOConfig:
 
     With half as many prompts the gradient is so noisy that perception falls before it rises.
     """
+    aggregation = {"grpo": "sequence"}.get(options.kind, "kind")
+    constant = KINDS[options.kind].aggregation == "constant"
     return GRPOConfig(
+        kind=options.kind,
+        advantage=options.advantage,
+        aggregation=aggregation,
+        aggregation_length=MAX_TOKENS if constant else None,
         prompts_per_step=PROMPTS_PER_STEP,
         max_steps=options.steps,
         learning_rate=5e-4,
@@ -54,7 +63,6 @@ def grpo_config(options: DemoOptions) -> GRPOConfig:
         warmup_steps=20,
         schedule="linear",
         micro_batch_size=PROMPTS_PER_STEP * GROUP_SIZE,
-        aggregation="sequence",
         eval_every=min(EVALUATE_EVERY, options.steps),
         progress="none",
         seed=options.seed,
@@ -67,7 +75,7 @@ class Demo:
     def __init__(self, options: DemoOptions, sizes: DemoSizes | None = None):
         self.options, self.sizes = options, sizes or DemoSizes()
         self.processor = make_processor()
-        self.engine = self._make_engine()
+        self.engine = self._make_engine(None)  # of the warm start, which each arm begins with a copy of
         held_out = list(itertools.islice(scene_stream("held-out", 0), self.sizes.held_out))
         config = grpo_config(options)
         self.record = DemoRecord(
@@ -88,14 +96,17 @@ class Demo:
             (options.output / folder).mkdir(parents=True, exist_ok=True)
             (options.output / folder / "metrics.jsonl").unlink(missing_ok=True)
         say(f"a Qwen2.5-VL of {record.num_parameters / 1e6:.1f} million parameters learns to read scanned digits")
+        rewards = {"with the perception reward": self.reward}
+        if options.ablate:
+            rewards["without the perception reward"] = make_reward(with_perception=False)
         with thread_count(self._choose_threads()):
-            self._warm_start()
-            twin = self._make_engine()
-            twin.model.load_state_dict(self.engine.model.state_dict())
-            self._train("with the perception reward", self.engine, self.reward)
-            if options.ablate:
-                self._train("without the perception reward", twin, make_reward(with_perception=False))
-        self._save_model()
+            self.warm_start()
+            policies = [self.policy(options.prune_config) for _ in rewards]
+            record.before_samples = self._sample(policies[0])
+            for (name, reward), policy, folder in zip(rewards.items(), policies, METRICS_FOLDERS, strict=False):
+                arm = self.train(name, policy, reward, grpo_config(options), options.output / folder)
+                arm.samples = self._sample(policy)
+        self._save_model(policies[0])
         record.seconds = time.perf_counter() - start
         report = write_report(record, options.output)
         say("")
@@ -116,7 +127,15 @@ class Demo:
         say(f"threads: {best} (a training step took {measured})")
         return best
 
-    def _warm_start(self) -> None:
+    def policy(self, prune: PruneConfig | None) -> Engine:
+        """An engine over a copy of the model as it is now, which prunes as told."""
+        engine = self._make_engine(prune)
+        engine.model.load_state_dict(self.engine.model.state_dict())
+        engine.update_weights()
+        return engine
+
+    def warm_start(self) -> None:
+        """Supervised training of the demo's model, on all vision tokens."""
         config, record, engine = self.sizes.warm_start, self.record, self.engine
         say(f"\nsupervised warm start, until {config.enough:.0%} of the stopping set is answered")
         stopping = list(itertools.islice(scene_stream("stopping", 0), self.sizes.stopping))
@@ -131,14 +150,13 @@ class Demo:
 
         trainer = SupervisedTrainer(engine.model, self.processor, config)
         warm_start(trainer, scene_stream("train", 2 * self.options.seed), accuracy, tell)
-        record.before_samples = self._sample(engine)
 
-    def _train(self, name: str, engine: Engine, reward: WeightedReward) -> None:
-        """One GRPO run, added to the record."""
-        options, config = self.options, grpo_config(self.options)
+    def train(
+        self, name: str, engine: Engine, reward: WeightedReward, config: GRPOConfig, folder: Path | None = None
+    ) -> Arm:
+        """One GRPO run, added to the record. folder: of its metrics, None writes none."""
         arm = Arm(name)
         self.record.arms.append(arm)
-        engine.update_weights()
 
         def look(step: int) -> dict[str, float]:
             result = evaluate(engine, self.record.held_out, reward)
@@ -148,31 +166,31 @@ class Demo:
         look(0)
         say(f"\nGRPO {name}: {config.max_steps} steps of {config.prompts_per_step} prompts x {GROUP_SIZE} rollouts")
         say(f"  held-out accuracy before: {arm.before.accuracy:.1%}")
-        folder = options.output / METRICS_FOLDERS[len(self.record.arms) - 1]
         callbacks: list[Callable[[StepRecord], None]] = [
             lambda step: arm.metrics.append(step.metrics),
             ProgressPrinter(config),
         ]
         trainer = Trainer(engine.model, engine, reward, config, evaluate=look, output_dir=folder, callbacks=callbacks)
-        scenes = scene_stream("train", 2 * options.seed + 1)
+        scenes = scene_stream("train", 2 * self.options.seed + 1)
         trainer.train(make_request(scene, GROUP_SIZE) for scene in scenes)
         if trainer.step % config.eval_every:
             look(trainer.step)
-        arm.samples = self._sample(engine)
+        return arm
 
     def _sample(self, engine: Engine) -> list[list[Reply]]:
         scenes = [self.record.held_out[index] for index in self.record.showcase]
         groups = sample_groups(engine, scenes, self.reward, GROUP_SIZE, self.options.seed)
         return [replies_of(group, table) for group, table in groups]
 
-    def _make_engine(self) -> Engine:
-        return Engine(make_model(self.options.seed), self.processor, EngineConfig(seed=self.options.seed))
+    def _make_engine(self, prune: PruneConfig | None) -> Engine:
+        seed = self.options.seed
+        return Engine(make_model(seed), self.processor, EngineConfig(seed=seed, prune=prune))
 
-    def _save_model(self) -> None:
+    def _save_model(self, engine: Engine) -> None:
         """Writes what `Engine.from_pretrained` loads."""
         folder = self.options.output / "model"
         with without_transformers_bars():
-            parts: tuple[Any, ...] = (self.engine.model, self.processor.tokenizer, self.processor.image_processor)
+            parts: tuple[Any, ...] = (engine.model, self.processor.tokenizer, self.processor.image_processor)
             for part in parts:
                 part.save_pretrained(folder)
 

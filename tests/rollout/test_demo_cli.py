@@ -6,8 +6,10 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -15,9 +17,11 @@ import torch
 from foveate.rollout import cli
 from foveate.rollout.demo import recipe
 from foveate.rollout.demo.options import DemoOptions
-from foveate.rollout.demo.recipe import DemoSizes, first_of_each_kind, run_demo
+from foveate.rollout.demo.recipe import DemoSizes, first_of_each_kind, grpo_config, run_demo
+from foveate.rollout.demo.tasks import MAX_TOKENS
 from foveate.rollout.demo.threads import choose, thread_count
 from foveate.rollout.demo.warmstart import WarmStartConfig
+from foveate.rollout.pruning import PruneConfig
 
 
 @pytest.fixture
@@ -35,8 +39,18 @@ def test_defaults(runs):
 
 def test_every_option(runs, tmp_path):
     words = f"demo --ablate --steps 7 --seed 3 --output {tmp_path / 'x' / 'y'} --threads 2".split()
+    words += ["--kind", "gspo", "--advantage", "rloo", "--prune", "divprune", "--keep", "0.75"]
     assert cli.main(words) == 0
-    assert runs == [DemoOptions(ablate=True, steps=7, seed=3, output=tmp_path / "x" / "y", threads=2)]
+    expected = DemoOptions(ablate=True, steps=7, seed=3, output=tmp_path / "x" / "y", threads=2)
+    assert runs == [replace(expected, kind="gspo", advantage="rloo", prune="divprune", keep=0.75)]
+    assert runs[0].prune_config == PruneConfig("divprune", keep=0.75)
+
+
+@pytest.mark.parametrize("kind", get_args(get_type_hints(DemoOptions)["kind"]))
+def test_every_kind_makes_a_configuration(kind):
+    config = grpo_config(DemoOptions(kind=kind))
+    assert config.kind == kind
+    assert (config.aggregation_length == MAX_TOKENS) == (kind == "dr_grpo")
 
 
 @pytest.mark.parametrize(
@@ -45,6 +59,9 @@ def test_every_option(runs, tmp_path):
         ("demo --steps 0", "expected an int >= 1, got 0 (--steps)"),
         ("demo --seed -1", "expected an int >= 0, got -1 (--seed)"),
         ("demo --threads 0", "expected an int >= 1, got 0 (--threads)"),
+        ("demo --keep 0.5", "expected no share without --prune, got 0.5 (--keep)"),
+        ("demo --prune fastv --keep 0", "expected 0 < keep <= 1, got 0.0 (--keep)"),
+        ("demo --prune all", "--prune"),
         ("demo --steps many", "--steps"),
         ("demo --setps 3", "--setps"),
         ("rolout", "'rollout'"),

@@ -1,6 +1,8 @@
 # Every target does its own set-up in .venv on a machine with Python 3.11 or newer, make and a C++ compiler.
 PYTHON ?= python3
 ARGS ?=
+# Processes of the fast tests.
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +28,7 @@ demo: $(VENV)/.demo ## watch a small vision-language model learn from its own ro
 	$(BIN)/foveate demo $(ARGS)
 
 test: lint ## lint, types and the fast tests
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.slow ## the tests that take minutes
 	$(BIN)/pytest -m slow $(ARGS)

@@ -344,8 +344,11 @@ def test_small_blocks_are_refused():
         layers.linear(torch.ones(1, 2), torch.ones(3, 2), row_block=15)
 
 
+ELEMENTWISE = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "cos": torch.cos}
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("function", [F.silu, F.gelu, partial(F.gelu, approximate="tanh"), torch.cos], ids=str)
+@pytest.mark.parametrize("function", list(ELEMENTWISE.values()), ids=list(ELEMENTWISE))
 @pytest.mark.parametrize("width", [1, 5, 80, 333, 40_000])
 def test_elementwise_has_the_same_bits_everywhere(width, function, threads, with_threads):
     with_threads(threads)

@@ -133,8 +133,8 @@ def test_the_server_says_how_long_to_wait(date, chat_server, honest, make_judge)
 def test_a_wait_beyond_the_time_limit_is_not_begun(chat_server, make_judge):
     server = chat_server(lambda payload, number: SimpleNamespace(status=429, headers={"Retry-After": "3600"}))
     start = time.monotonic()
-    assert make_judge(server, total_seconds=10)(REPLY, FACTS) is None
-    assert time.monotonic() - start < 5
+    assert make_judge(server, total_seconds=100)(REPLY, FACTS) is None
+    assert time.monotonic() - start < 90
     assert len(server.requests) == 1
 
 

@@ -19,6 +19,7 @@ from geometry3k_layout import (
     equal_classes,
     fit,
     inside,
+    known_points,
     labelled,
     on_circles,
     overlap,
@@ -38,14 +39,14 @@ NAME_SIZE, LABEL_SIZE = 17, 15
 
 def draw_diagram(
     points: Mapping[str, Sequence[float]], lines: Iterable[str], circles: Iterable[str], facts: Iterable[Fact]
-) -> Image.Image:
-    """An RGB picture of the diagram, 448 pixels on its longer side.
+) -> tuple[Image.Image, dict[str, Point]]:
+    """An RGB picture of the diagram, 448 pixels on its longer side, and where its points are in it, in pixels.
 
     points: name -> (x, y), y downwards, any unit; [-1, -1] marks a point whose place is unknown: it is left out
     with all that needs it. lines: pairs of names. circles: centres; a radius follows from the facts that put
     points on the circle. Raises ValueError when no point has a place.
     """
-    known = {name: (float(x), float(y)) for name, (x, y) in points.items() if (x, y) != (-1, -1)}
+    known = known_points(points)
     if not known:
         raise ValueError(f"expected a point with a place, got {dict(points)!r} (points)")
     facts = list(dict.fromkeys(facts))
@@ -66,7 +67,7 @@ def draw_diagram(
     # Angles have the least room, so they choose their place first.
     for fact in sorted(facts, key=lambda f: not f.subject.startswith("angle")):
         sheet.label_value(fact)
-    return sheet.finish()
+    return sheet.finish(), placed
 
 
 @functools.cache

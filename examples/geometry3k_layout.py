@@ -19,6 +19,11 @@ def point_names(text: str) -> list[str]:
     return re.findall(r"[A-Z]'?", text)
 
 
+def known_points(points: Mapping[str, Sequence[float]]) -> dict[str, Point]:
+    """The points whose place is known: [-1, -1] stands for one that is not marked in the diagram."""
+    return {name: (float(x), float(y)) for name, (x, y) in points.items() if (x, y) != (-1, -1)}
+
+
 def readable(expression: str) -> str:
     """An expression of the geometry grammar as a person writes it: `7√2`, `4/7`, `y²`."""
     expression = re.sub(r"\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1/\2", expression)

@@ -1,11 +1,14 @@
 """The Geometry3K example: real problems are read, drawn, asked and scored."""
 
+import json
 import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from foveate.rollout.rewards import Fact, GeometryGrammar, RuleJudge
 from foveate.rollout.types import Rollout, RolloutGroup
@@ -18,6 +21,7 @@ import geometry3k  # noqa: E402
 import geometry3k_diagram as diagram  # noqa: E402
 import geometry3k_layout as layout  # noqa: E402
 import geometry3k_problems as problems  # noqa: E402
+import geometry3k_pruning as pruning  # noqa: E402
 
 JUDGE = RuleJudge([GeometryGrammar()])
 
@@ -97,12 +101,13 @@ def darkest(image, point):
 def test_lines_circles_and_points_lie_where_the_annotations_say():
     points = {"A": (0, 0), "B": (100, 0), "C": (100, 50), "O": (50, 25), "Z": (-1, -1)}
     facts = [Fact("A on circle O", "yes"), Fact("C on circle O", "yes")]
-    picture = diagram.draw_diagram(points, ["AB", "BC", "CZ"], ["O", "Z"], facts)
+    picture, drawn = diagram.draw_diagram(points, ["AB", "BC", "CZ"], ["O", "Z"], facts)
     radius = math.dist((0, 0), (50, 25))
     assert layout.circle_radii({k: v for k, v in points.items() if k != "Z"}, ["O", "Z"], facts) == {"O": radius}
     scale = 360 / (2 * radius)
     place = {name: (224 + (x - 50) * scale, 224 + (y - 25) * scale) for name, (x, y) in points.items()}
     assert picture.size == (448, 448)
+    assert drawn == {name: pytest.approx(place[name]) for name in "ABCO"}
     dark = [layout.between(place["A"], place["B"], 0.5), layout.between(place["B"], place["C"], 0.3), place["O"]]
     dark += [(224 + 180, 224), (224, 224 - 180), (224, 224 + 180)]
     assert all(darkest(picture, point) < 300 for point in dark)
@@ -202,4 +207,81 @@ def test_the_example_runs_with_a_random_model(tmp_path, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert sum("length" in line or "stop" in line for line in lines) == 4
     assert sum(line.split()[:1] == ["facts"] and "1.70" in line for line in lines) == 2
+    assert page.stat().st_size > 10_000
+
+
+def test_points_lie_on_the_lines_of_the_original_diagrams():
+    """Their annotations count from a corner that is not told; moved by 8 pixels, most would lie on white."""
+    found = problems.load_problems(DATA)
+    assert sum(len(problem.points) for problem in found) == 63
+    moved = 0
+    for problem in found:
+        padded = Image.new("RGB", tuple(size + 60 for size in problem.diagram.size), "white")
+        padded.paste(problem.diagram, (30, 30))
+        points = [(x + 30, y + 30) for x, y in problem.points.values()]
+        assert all(darkest(padded, point) < 3 * 120 for point in points)
+        moved += sum(darkest(padded, (x + 8, y - 8)) < 3 * 120 for x, y in points)
+    assert moved < 32
+
+
+def test_points_that_do_not_fit_are_an_error():
+    white = Image.new("RGB", (100, 50), "white")
+    assert problems.points_in(white, {"A": [-1, -1]}, ["AB"]) == {}
+    with pytest.raises(ValueError, match=r"points inside \(100, 50\)"):
+        problems.points_in(white, {"A": [10, 10], "B": [20, 60]}, ["AB"])
+
+
+def test_points_are_found_again_where_they_were_drawn(drawn):
+    records = map(json.loads, (DATA / "problems.jsonl").read_text().splitlines())
+    lines = {record["id"]: record["lines"] for record in records}
+    for problem in drawn:
+        left, top = (min(point[axis] for point in problem.points.values()) for axis in (0, 1))
+        known = {name: (x - left, y - top) for name, (x, y) in problem.points.items()}
+        found = problems.points_in(problem.diagram, known, lines[problem.id])
+        assert all(math.dist(found[name], problem.points[name]) < 2 for name in known)
+
+
+class Cells:
+    """A problem with points at the middles of patches of 10 x 10 pixels."""
+
+    def __init__(self, *cells):
+        self.diagram = Image.new("RGB", (40, 20), "white")
+        self.points = {str(k): (10 * column + 5.0, 10 * row + 5.0) for k, (row, column) in enumerate(cells)}
+        for x, y in self.points.values():
+            self.diagram.paste((0, 0, 0), (int(x) - 2, int(y) - 2, int(x) + 2, int(y) + 2))
+
+
+def test_shares_count_points_and_patches_with_ink():
+    masks = [np.array([[True, False, False, True], [False, True, False, False]]), np.ones((2, 4), bool)]
+    first, second = Cells((0, 0), (0, 1), (1, 1), (1, 3)), Cells((1, 2))
+    first.points["again"] = first.points["0"]  # two points on one patch count twice, its ink once
+    assert pruning.point_cells(first, 2, 4) == [(0, 0), (0, 1), (1, 1), (1, 3), (0, 0)]
+    assert pruning.ink_cells(second, 2, 4).tolist() == [[False] * 4, [False, False, True, False]]
+    assert pruning.shares([first, second], masks) == {"points": 4 / 6, "ink": 3 / 5}
+    first.points["out"] = (40.0, -3.0)
+    assert pruning.point_cells(first, 2, 4)[-1] == (0, 3)
+
+
+def test_a_cell_has_an_error_where_seeds_differ():
+    assert pruning._cell([0.5, 0.5, 0.5]) == "50.0"
+    assert pruning._cell([0.2, 0.4, 0.6]) == "40.0 ± 11.5"  # 0.2 / sqrt(3)
+
+
+def test_the_table_of_kept_points(tmp_path, monkeypatch, capsys):
+    """At keep 1 everything is kept; strided does not depend on the weights, and the sheet is written."""
+    monkeypatch.setenv("COLUMNS", "120")
+    page = tmp_path / "page.png"
+    arguments = [str(DATA), "--limit", "2", "--seeds", "2", "--keep", "0.5", "1", "--out", str(page)]
+    pruning.main(arguments)
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines if cells}
+    assert rows["random, expected"] == ["50.0", "100.0", "50.0", "100.0"]
+    assert all(rows[method][1::2] == ["100.0", "100.0"] for method in pruning.METHODS)
+    assert "±" in rows["random"][0]
+    masks = [np.zeros((9, 9), bool), np.zeros((9, 12), bool)]
+    for mask in masks:
+        kept = (mask.size + 1) // 2
+        mask.flat[[(2 * i + 1) * mask.size // (2 * kept) for i in range(kept)]] = True
+    expected = pruning.shares(problems.load_problems(DATA, limit=2), masks)
+    assert rows["strided"][::2] == [f"{100 * expected[what]:.1f}" for what in ("points", "ink")]
     assert page.stat().st_size > 10_000

@@ -15,12 +15,13 @@ from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams, re
 from foveate.rollout.engine import Engine
 from foveate.rollout.images import load_image
 from foveate.rollout.processor import Processor
-from foveate.rollout.pruning import METHODS
+from foveate.rollout.pruning import LAYER_METHODS, METHODS
 from foveate.rollout.tools.command_line import parse
 from foveate.rollout.tools.rollout import load_engine
 from foveate.rollout.types import Request, RolloutGroup, SiteKeep
 
-WIDTH, GAP, LINE = 340, 18, 20  # of a picture, between pictures, of a line of text; pixels
+WIDTH, HEIGHT = 340, 510  # pixels, of the largest picture
+GAP, LINE = 18, 20  # pixels, between pictures and of a line of text
 KV_MEMORY = 1 << 30  # bytes, of one prompt; several engines stand side by side
 ACROSS = 5  # pictures side by side
 PAGE, INK, SOFT = (246, 247, 249), (22, 32, 44), (90, 102, 117)
@@ -31,7 +32,9 @@ DROPPED, KEPT, MERGED = (58, 68, 82), (31, 111, 235), (217, 115, 13)
 class ViewOptions:
     """Draws what pruning keeps of images: a row for each image, a picture for each method and site.
 
-    Dropped patches are dark, kept ones as they are, with a blue frame, orange where others were merged into them.
+    Dropped patches are dark; the others stand as they are, with a blue line around them and an orange frame where
+    others were merged into them. Before the language model: random, strided, visionzip, divprune. Inside it, with a
+    picture for each layer that drops: fastv, pyramiddrop.
     """
 
     model: str
@@ -41,9 +44,11 @@ class ViewOptions:
     question: str = "What do you see?"
     """Methods inside the language model select by what is asked."""
     methods: tuple[str, ...] = ("random", "visionzip", "divprune", "fastv")
-    """Names of methods, each once with its defaults."""
+    """Some of random, strided, visionzip, divprune, fastv, pyramiddrop."""
     keep: float = 0.5
-    """Share of the image tokens that is kept."""
+    """Share of the image tokens that is kept; of pyramiddrop, what each stage leaves of what the one before left."""
+    layers: tuple[int, ...] = ()
+    """First decoder layer without what fastv drops (default 2), or those of pyramiddrop's stages (default three)."""
     output: Path = Path("prune_view.png")
     """A .png file, which is replaced."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -54,24 +59,38 @@ class ViewOptions:
         unknown = [method for method in self.methods if method not in METHODS]
         require(len(self.methods) > 0 and not unknown, f"some of {', '.join(METHODS)}", self.methods, "--methods")
         require(self.output.suffix == ".png", "a file name that ends with .png", str(self.output), "--output")
+        _ = self.configs  # whose values are checked
 
     @property
     def configs(self) -> list[PruneConfig]:
-        return [PruneConfig(method, self.keep) for method in self.methods]
+        return [PruneConfig(method, self.keep, **self._sites(method)) for method in self.methods]
+
+    def _sites(self, method: str) -> dict[str, Any]:
+        if not self.layers or method not in LAYER_METHODS:
+            return {}
+        if method == "fastv":
+            require(len(self.layers) == 1, "one layer for fastv", self.layers, "--layers")
+            return {"layer": self.layers[0]}
+        return {"layers": self.layers}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns 0, or 1 if an error of the user's was met on the way; it is printed."""
     options = parse(ViewOptions, "foveate prune-view", arguments)
     try:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        pictures = [load_image(str(path), "--images") for path in options.images]
         engine = load_engine(options.model, options.dtype, EngineConfig(kv_memory=KV_MEMORY))
-        pictures = [load_image(path, str(path)) for path in options.images]
         draw(engine, pictures, options.question, options.configs).save(options.output)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"foveate prune-view: {error}", file=sys.stderr)
         return 1
-    print(f"kept patches of {len(pictures)} images by {len(options.methods)} methods: {options.output}")
+    print(f"{_count(pictures, 'image')}, {_count(options.methods, 'method')}: {options.output}")
     return 0
+
+
+def _count(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def draw(engine: Engine, pictures: Sequence[Image.Image], question: str, configs: Sequence[PruneConfig]) -> Image.Image:
@@ -82,7 +101,10 @@ def draw(engine: Engine, pictures: Sequence[Image.Image], question: str, configs
     """
     columns = [[("the image", picture) for picture in pictures]]
     for config in configs:
-        group = plan_for(engine, pictures, question, config)
+        try:
+            group = plan_for(engine, pictures, question, config)
+        except ValueError as error:
+            raise ValueError(f"{config.method}: {error}") from error
         for site in sites_of(group):
             columns.append(
                 [(_title(config, site, i), overlay(pictures[i], group, site, i)) for i in range(len(pictures))]
@@ -99,10 +121,14 @@ def plan_for(engine: Engine, pictures: Sequence[Image.Image], question: str, con
     user: list[dict[str, Any]] = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
     prompt = [{"role": "user", "content": user}]
     request = Request(prompt, images=pictures, sampling=SamplingParams(max_tokens=1), request_id=config.method)
-    own = replace(engine.config, prune=config)
-    processor = Processor(engine.tokenizer, engine.image_processor)
-    (group,) = Engine(engine.model, processor, own).generate([request], strict=True)
+    (group,) = with_pruning(engine, config).generate([request], strict=True)
     return group
+
+
+def with_pruning(engine: Engine, config: PruneConfig) -> Engine:
+    """An engine of its own over the same weights, with every setting but pruning the same."""
+    processor = Processor(engine.tokenizer, engine.image_processor)
+    return Engine(engine.model, processor, replace(engine.config, prune=config))
 
 
 def sites_of(group: RolloutGroup) -> tuple[SiteKeep, ...]:
@@ -127,20 +153,43 @@ def kept_patches(group: RolloutGroup, site: SiteKeep, index: int) -> torch.Tenso
 
 
 def overlay(picture: Image.Image, group: RolloutGroup, site: SiteKeep, index: int) -> Image.Image:
-    """The picture with its dropped patches darkened and frames around the others."""
-    marks = kept_patches(group, site, index).tolist()
+    """The picture with its dropped patches darkened, a line around the others, and frames where they absorbed some."""
+    marks = kept_patches(group, site, index)
     shown = _sized(picture)
     dark = Image.blend(shown, Image.new("RGB", shown.size, DROPPED), 0.82)
     pen = ImageDraw.Draw(dark)
-    rows, columns = len(marks), len(marks[0])
-    for row, line in enumerate(marks):
-        for column, mark in enumerate(line):
-            left, right = (shown.width * at // columns for at in (column, column + 1))
-            top, bottom = (shown.height * at // rows for at in (row, row + 1))
-            if mark and left < right and top < bottom:
-                dark.paste(shown.crop((left, top, right, bottom)), (left, top))
-                pen.rectangle((left, top, right - 1, bottom - 1), outline=MERGED if mark == 2 else KEPT)
+    for row, column in marks.nonzero().tolist():
+        box = _cell(shown.size, marks.shape, row, column)
+        if box[0] < box[2] and box[1] < box[3]:
+            dark.paste(shown.crop(box), box[:2])
+            _frame(pen, box, marks, row, column)
     return dark
+
+
+def _cell(size: tuple[int, int], shape: Sequence[int], row: int, column: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom in pixels."""
+    left, right = (size[0] * at // shape[1] for at in (column, column + 1))
+    top, bottom = (size[1] * at // shape[0] for at in (row, row + 1))
+    return left, top, right, bottom
+
+
+def _frame(
+    pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], marks: torch.Tensor, row: int, column: int
+) -> None:
+    left, top, right, bottom = box[0], box[1], box[2] - 1, box[3] - 1
+    if marks[row, column] == 2:
+        pen.rectangle((left, top, right, bottom), outline=MERGED, width=2)
+        return
+    edges = {
+        (row - 1, column): (left, top, right, top),
+        (row + 1, column): (left, bottom, right, bottom),
+        (row, column - 1): (left, top, left, bottom),
+        (row, column + 1): (right, top, right, bottom),
+    }
+    for (beside, next_to), line in edges.items():
+        inside = 0 <= beside < marks.shape[0] and 0 <= next_to < marks.shape[1]
+        if not inside or not marks[beside, next_to]:
+            pen.line(line, fill=KEPT)
 
 
 def _title(config: PruneConfig, site: SiteKeep, index: int) -> str:
@@ -150,9 +199,10 @@ def _title(config: PruneConfig, site: SiteKeep, index: int) -> str:
 
 
 def _sized(picture: Image.Image) -> Image.Image:
-    """In RGB and of the sheet's width."""
-    height = max(1, round(picture.height * WIDTH / picture.width))
-    return picture.convert("RGB").resize((WIDTH, height), Image.Resampling.LANCZOS)
+    """In RGB and as large as the sheet has room for."""
+    scale = min(WIDTH / picture.width, HEIGHT / picture.height)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _part(columns: Sequence[Sequence[tuple[str, Image.Image]]]) -> Image.Image:

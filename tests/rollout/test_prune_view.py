@@ -57,8 +57,30 @@ def test_frames_tell_what_absorbed_others(engine, pictures):
     shown = overlay(pictures[0], group, site, 0)
     for row, column in np.ndindex(2, 6):
         corner = shown.getpixel((shown.width * column // 6, shown.height * row // 2))
-        frames = {0: None, 1: prune_view.KEPT, 2: prune_view.MERGED}
-        assert (corner == frames[int(marks[row, column])]) is (int(marks[row, column]) > 0)
+        assert (corner == prune_view.MERGED) is (int(marks[row, column]) == 2)
+
+
+def test_a_line_runs_where_something_was_dropped(engine, pictures):
+    """Between kept patches the picture is untouched; at the picture's own edges the line closes."""
+    group = plan_for(engine, pictures, "Where?", PruneConfig("random", 0.5))
+    (site,) = sites_of(group)
+    marks = kept_patches(group, site, 0)
+    shown = overlay(pictures[0], group, site, 0)
+    seen = set()
+    for row, column in np.ndindex(2, 6):
+        middle = shown.getpixel((shown.width * column // 6, shown.height * (2 * row + 1) // 4))  # of its left edge
+        beside = bool(marks[row, column - 1]) if column else None
+        line = bool(marks[row, column]) and not beside
+        assert (middle == prune_view.KEPT) is line
+        seen.add((bool(marks[row, column]), beside))
+    assert {(True, True), (True, False), (False, True), (False, False)} <= seen
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"), [((1200, 80), (340, 23)), ((60, 1200), (26, 510)), ((10, 10), (340, 340)), ((4, 700), (3, 510))]
+)
+def test_pictures_of_any_shape_fit_the_sheet(size, shown):
+    assert prune_view._sized(Image.new("L", size)).size == shown
 
 
 def test_a_sheet_has_a_column_for_each_site(engine, pictures):
@@ -72,18 +94,43 @@ def test_a_sheet_has_a_column_for_each_site(engine, pictures):
     assert (more.width, more.height) == (wide.width, 2 * narrow.height)
 
 
-def test_the_command(tmp_path, processor, pictures, capsys):
+@pytest.fixture
+def words(tmp_path, processor, pictures) -> list[str]:
+    """A command line for a saved model and a wide picture, without methods."""
     for part in (tiny_model("qwen2_5_vl", num_hidden_layers=3), *vars(processor).values()):
         part.save_pretrained(tmp_path / "model")
     pictures[0].save(tmp_path / "wide.png")
     words = ["prune-view", "--model", str(tmp_path / "model"), "--images", str(tmp_path / "wide.png")]
-    words += ["--output", str(tmp_path / "view.png")]
-    assert cli.main([*words, "--methods", "strided", "fastv", "--keep", "0.25"]) == 0
-    assert "1 images by 2 methods" in capsys.readouterr().out
-    assert Image.open(tmp_path / "view.png").width == prune_view.GAP + 3 * (prune_view.WIDTH + prune_view.GAP)
-    assert cli.main([*words, "--images", str(tmp_path / "none.png")]) == 1
-    assert "expected an image file" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main([*words, "--methods", "vscan"])
-    assert "some of random" in " ".join(capsys.readouterr().err.split())
+    return [*words, "--output", str(tmp_path / "new" / "view.png")]
+
+
+def test_the_command(words, tmp_path, capsys):
+    assert cli.main([*words, "--methods", "strided", "fastv", "--keep", "0.25", "--layers", "1"]) == 0
+    assert "1 image, 2 methods" in capsys.readouterr().out
+    assert Image.open(tmp_path / "new" / "view.png").width == prune_view.GAP + 3 * (prune_view.WIDTH + prune_view.GAP)
+    assert cli.main([*words, "--methods", "pyramiddrop", "--layers", "1", "2"]) == 0
+    assert cli.main([*words, "--methods", "pyramiddrop"]) == 1
+    assert "pyramiddrop: expected a decoder of at least 4 layers" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (("--methods", "vscan"), "some of random"),
+        (("--keep", "0"), "0 < keep <= 1"),
+        (("--methods", "fastv", "--layers", "1", "2"), "one layer for fastv"),
+        (("--methods", "pyramiddrop", "--layers", "2", "1"), "ascending ints"),
+        (("--output", "view.jpg"), "ends with .png"),
+    ],
+)
+def test_values_that_make_no_sense_end_before_a_model_is_loaded(extra, told, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["prune-view", "--model", "none", "--images", "none.png", *extra])
+    assert told in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_image_that_is_none_ends_before_a_model_is_loaded(tmp_path, capsys):
+    words = ["--model", "none", "--images", str(tmp_path / "none.png"), "--output", str(tmp_path / "view.png")]
+    assert cli.main(["prune-view", *words]) == 1
+    assert "expected an image file" in capsys.readouterr().err

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from foveate.rollout.demo.record import Arm, DemoRecord, Reply
-from foveate.rollout.demo.scenes import PLACES, Scene
+from foveate.rollout.demo.record import Arm, DemoRecord, PrunedRun, PrunedSite, PruningView, Reply
+from foveate.rollout.demo.scenes import CANVAS, PLACES, Scene
 
 PARTS = {"accuracy": "acc.", "format": "form.", "perception": "perc.", "repetition": "rep."}  # name: head of column
+FADED = 40  # of 255, opacity of a dropped quarter
 OUTCOMES = (
     ("gained", "wrong before, right after", False, True),
     ("lost", "right before, wrong after", True, False),
@@ -22,15 +23,19 @@ OUTCOMES = (
 
 
 def data_url(image: Image.Image) -> str:
-    """The image as a PNG inside the page; the browser enlarges it without smoothing."""
+    """The grey image as a PNG inside the page; the browser enlarges it without smoothing."""
     buffer = io.BytesIO()
-    image.convert("L").save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def picture(scene: Scene, title: str) -> str:
-    words = f'alt="{_escape(alt_text(scene))}" title="{_escape(title)}"'
-    return f'<img class="scene" src="{data_url(scene.image)}" {words}>'
+    return _img(scene.image.convert("L"), "scene", alt_text(scene), title)
+
+
+def _img(image: Image.Image, style: str, alt: str, title: str) -> str:
+    words = f'alt="{_escape(alt)}" title="{_escape(title)}"'
+    return f'<img class="{style}" src="{data_url(image)}" {words}>'
 
 
 def alt_text(scene: Scene) -> str:
@@ -128,6 +133,37 @@ def highlight(scene: Scene, reply: Reply) -> str:
         else:
             parts.append(_escape(word))
     return " ".join(parts) or '<span class="tag">(empty)</span>'
+
+
+def keeps(record: DemoRecord, view: PruningView) -> str:
+    """The shown scenes as each method leaves them, with what that is worth."""
+    scenes = [record.held_out[index] for index in view.shown]
+    whole = PrunedSite(0, len(PLACES), 1.0, tuple((True,) * len(PLACES) for _ in scenes))
+    runs = (PrunedRun("nothing pruned", view.accuracy, (whole,)), *view.runs)
+    return "".join(_method(run, scenes) for run in runs)
+
+
+def _method(run: PrunedRun, scenes: Sequence[Scene]) -> str:
+    head = f'<h3>{_escape(run.method)}</h3><p class="right"><b>{run.accuracy:.1%}</b> answered right</p>'
+    sites = "".join(_site(site, scenes) for site in run.sites)
+    return f'<article class="method"><div>{head}</div><div>{sites}</div></article>'
+
+
+def _site(site: PrunedSite, scenes: Sequence[Scene]) -> str:
+    where = f"from layer {site.layer} on" if site.layer else "before the language model"
+    left = f"{site.tokens} of {len(PLACES)} tokens, <b>{site.digits:.0%}</b> of the digits"
+    pictures = "".join(_faded(scene, flags) for scene, flags in zip(scenes, site.kept, strict=True))
+    return f'<div class="site"><p>{where}<br>{left}</p><div class="thumbs">{pictures}</div></div>'
+
+
+def _faded(scene: Scene, kept: Sequence[bool]) -> str:
+    """The scene with its dropped quarters nearly transparent."""
+    image, half = scene.image.convert("LA"), CANVAS // 2
+    mask = Image.new("L", (2, 2))
+    mask.putdata([255 if flag else FADED for flag in kept])
+    image.putalpha(mask.resize((2 * half, 2 * half), Image.Resampling.NEAREST))
+    names = [place for place, flag in zip(PLACES, kept, strict=True) if flag]
+    return _img(image, "scene", alt_text(scene), f"kept: {', '.join(names)}")
 
 
 def _escape(text: str) -> str:

@@ -13,6 +13,7 @@ from foveate.kernels.policy_loss import KINDS
 from foveate.rollout.config import EngineConfig
 from foveate.rollout.demo.model import make_model, make_processor
 from foveate.rollout.demo.options import DemoOptions
+from foveate.rollout.demo.pruning import look_at_pruning
 from foveate.rollout.demo.record import Arm, DemoRecord, Reply, replies_of
 from foveate.rollout.demo.report import write_report
 from foveate.rollout.demo.scenes import QUESTIONS, Scene, scene_stream
@@ -106,6 +107,7 @@ class Demo:
             for (name, reward), policy, folder in zip(rewards.items(), policies, METRICS_FOLDERS, strict=False):
                 arm = self.train(name, policy, reward, grpo_config(options), options.output / folder)
                 arm.samples = self._sample(policy)
+            record.pruning = look_at_pruning(policies[0], self.processor, record.held_out, self.reward)
         self._save_model(policies[0])
         record.seconds = time.perf_counter() - start
         report = write_report(record, options.output)

@@ -86,13 +86,51 @@ class Arm:
         return f"held-out accuracy: {change} (McNemar p = {self.comparison.p_value:.2g})"
 
 
+@dataclass(frozen=True)
+class PrunedSite:
+    """A place at which a method drops image tokens.
+
+    layer: the first decoder layer that no longer sees them, 0 before the language model. tokens: that an image has
+    left. digits: share of the held-out scenes' digits whose token is left. kept: of each shown scene, a flag for each
+    of PLACES.
+    """
+
+    layer: int
+    tokens: int
+    digits: float
+    kept: tuple[tuple[bool, ...], ...]
+
+
+@dataclass(frozen=True)
+class PrunedRun:
+    """The held-out scenes under one method; accuracy of greedy replies."""
+
+    method: str
+    accuracy: float
+    sites: tuple[PrunedSite, ...]
+
+
+@dataclass(frozen=True)
+class PruningView:
+    """What pruning does to the trained model.
+
+    shown: indices of the shown held-out scenes. accuracy: without pruning. most_digits: the share of the held-out
+    scenes' digits that can be kept at best.
+    """
+
+    shown: tuple[int, ...]
+    accuracy: float
+    most_digits: float
+    runs: tuple[PrunedRun, ...]
+
+
 @dataclass
 class DemoRecord:
     """A whole run.
 
     held_out: the evaluated scenes. showcase: indices of the scenes whose rollouts are shown; before_samples: their
     groups after the warm start. warm_start: (step, loss, accuracy on the stopping set). arms: the run with the
-    perception reward, then the one without, if there was one.
+    perception reward, then the one without, if there was one. pruning: of the first arm's model.
     """
 
     seed: int
@@ -104,4 +142,5 @@ class DemoRecord:
     warm_start: list[tuple[int, float, float]] = field(default_factory=list)
     before_samples: list[list[Reply]] = field(default_factory=list)
     arms: list[Arm] = field(default_factory=list)
+    pruning: PruningView | None = None
     seconds: float = 0.0

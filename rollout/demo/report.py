@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from foveate.rollout.demo.charts import Axis, Series, dumbbell_chart, line_chart, smooth
-from foveate.rollout.demo.gallery import mosaic, showcase
+from foveate.rollout.demo.gallery import keeps, mosaic, showcase
 from foveate.rollout.demo.record import Arm, DemoRecord
 from foveate.rollout.demo.scenes import QUESTIONS
 from foveate.rollout.demo.style import STYLE
@@ -31,7 +31,8 @@ def write_report(record: DemoRecord, folder: Path) -> Path:
 
 def render(record: DemoRecord) -> str:
     """The whole page."""
-    body = "".join([_header(record), _curves(record), _all_scenes(record), _rollouts(record), _footer(record)])
+    parts = [_header(record), _curves(record), _all_scenes(record), _pruning(record), _rollouts(record)]
+    body = "".join([*parts, _footer(record)])
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -170,6 +171,20 @@ def _all_scenes(record: DemoRecord) -> str:
         f"<section><h2>All {len(record.held_out)} held-out scenes</h2><p>Sorted by what became of the answer. "
         "The first two groups are the ones McNemar’s test counts. Point at a scene for the question and both replies."
         f'</p><div class="outcomes">{mosaic(record, record.arms[0])}</div></section>'
+    )
+
+
+def _pruning(record: DemoRecord) -> str:
+    view = record.pruning
+    if view is None:
+        return ""
+    return (
+        "<section><h2>What pruning keeps</h2><p>The language model sees a scene as four image tokens, one a quarter, "
+        "and every digit lies in one of them. Here the trained model answers the held-out scenes while two of four "
+        f"tokens are kept, which is room for {view.most_digits:.0%} of the digits: scenes have up to four. What is "
+        "dropped before the language model is never seen; what is dropped inside it has been read by the layers "
+        "before. Shown are the first scenes with two digits; dropped quarters are faded.</p>"
+        f"{keeps(record, view)}</section>"
     )
 
 

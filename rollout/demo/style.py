@@ -74,6 +74,16 @@ svg .hollow { fill: var(--card); stroke: var(--grey); stroke-width: 2; }
 .thumbs .scene { width: 42px; height: 42px; }
 .gained .scene { outline: 2px solid var(--green); outline-offset: -1px; }
 .lost .scene { outline: 2px solid var(--red); outline-offset: -1px; }
+.method {
+  display: grid; grid-template-columns: 190px 1fr; gap: 6px 24px; padding: 16px 0;
+  border-top: 1px solid var(--rule);
+}
+.method .right, .site p { color: var(--soft); font-size: 14px; line-height: 1.45; margin: 0; }
+.method b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
+.site { display: grid; grid-template-columns: 240px 1fr; gap: 6px 24px; align-items: center; }
+.site + .site { margin-top: 12px; }
+.site .thumbs { display: grid; grid-template-columns: repeat(8, minmax(0, 88px)); gap: 10px; }
+.site .scene { width: 100%; height: auto; background: var(--card); outline: 1px solid var(--rule); }
 .card { display: grid; grid-template-columns: 170px 1fr; gap: 24px; margin-bottom: 16px; }
 .card .scene { width: 168px; height: 168px; border-radius: 8px; }
 .subject p { margin: 8px 0 0; line-height: 1.4; }
@@ -117,6 +127,11 @@ footer {
 }
 footer p { max-width: 60em; margin: 0 0 8px; }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .92em; }
-@media (max-width: 760px) { .card { grid-template-columns: 1fr; } main { padding: 28px 16px 60px; } }
+@media (max-width: 1000px) { .method { grid-template-columns: 1fr; } }
+@media (max-width: 760px) {
+  .card, .site { grid-template-columns: 1fr; }
+  .site .thumbs { grid-template-columns: repeat(4, minmax(0, 88px)); }
+  main { padding: 28px 16px 60px; }
+}
 @media print { .card, figure, .outcome { break-inside: avoid; } }
 """

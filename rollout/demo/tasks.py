@@ -48,7 +48,16 @@ class Evaluation:
 
 def evaluate(engine: Engine, scenes: Sequence[Scene], reward: WeightedReward) -> Evaluation:
     """Greedy accuracy, perception and format on the scenes."""
-    groups = engine.generate([make_request(scene, temperature=0.0) for scene in scenes], strict=True, progress=False)
+    return judged(greedy_groups(engine, scenes), reward)
+
+
+def greedy_groups(engine: Engine, scenes: Sequence[Scene]) -> list[RolloutGroup]:
+    """The greedy reply to each scene."""
+    return engine.generate([make_request(scene, temperature=0.0) for scene in scenes], strict=True, progress=False)
+
+
+def judged(groups: Sequence[RolloutGroup], reward: WeightedReward) -> Evaluation:
+    """What greedy replies are worth."""
     parts = [{name: values[0] for name, values in reward(group).parts.items()} for group in groups]
     means = {name: sum(_scored(part[name]) for part in parts) / len(parts) for name in ("perception", "format")}
     return Evaluation(

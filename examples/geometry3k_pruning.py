@@ -89,11 +89,20 @@ def share_table(found: Shares, keeps: Sequence[float], title: str) -> Table:
     table.add_column("method")
     for what in ("points", "ink"):
         for keep in keeps:
-            table.add_column(f"{what}, keep {keep:g}", justify="right")
+            table.add_column(f"{what} at {keep:g}", justify="right")
     table.add_row("random, expected", *(f"{100 * keep:.1f}" for _ in range(2) for keep in keeps))
     for method in METHODS:
         table.add_row(method, *(_cell(found[what, method, keep]) for what in ("points", "ink") for keep in keeps))
     return table
+
+
+def caption(engine: Engine, problems: Sequence[Problem]) -> str:
+    """How many diagrams, points and patches the table is about."""
+    masks = kept_masks(with_pruning(engine, config_for("strided", 1.0, 0)), problems)
+    ink = [ink_cells(problem, *mask.shape) for problem, mask in zip(problems, masks, strict=True)]
+    patches, inked = sum(cells.size for cells in ink), sum(int(cells.sum()) for cells in ink)
+    points = sum(len(problem.points) for problem in problems)
+    return f"percent kept in {len(problems)} diagrams: {points} points; {inked} of {patches} patches have ink"
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -135,8 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problems = [problem for problem in problems if problem.points]
     engines = make_engines(options.model, options.seeds)
     found = measure(engines, problems, options.keep)
-    title = f"percent kept of {sum(len(problem.points) for problem in problems)} points, {len(problems)} diagrams"
-    Console().print(share_table(found, options.keep, title))
+    Console().print(share_table(found, options.keep, caption(engines[0], problems)))
     overlays(engines[0], problems[:SHOWN], options.keep[0]).save(options.out)
     print(f"kept patches of the first {min(SHOWN, len(problems))}: {options.out}")
 

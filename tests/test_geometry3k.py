@@ -262,6 +262,15 @@ def test_shares_count_points_and_patches_with_ink():
     assert pruning.point_cells(first, 2, 4)[-1] == (0, 3)
 
 
+def test_what_is_left_after_the_last_stage_is_measured():
+    found = problems.load_problems(DATA, limit=2)
+    (engine,) = pruning.make_engines(None, 1)
+    for method in ("divprune", "fastv", "pyramiddrop"):
+        config = pruning.config_for(method, 0.25, 0)
+        masks = pruning.kept_masks(pruning.with_pruning(engine, config), found)
+        assert [(mask.shape, int(mask.sum())) for mask in masks] == [((9, 9), 20), ((9, 12), 27)]
+
+
 def test_a_cell_has_an_error_where_seeds_differ():
     assert pruning._cell([0.5, 0.5, 0.5]) == "50.0"
     assert pruning._cell([0.2, 0.4, 0.6]) == "40.0 ± 11.5"  # 0.2 / sqrt(3)

@@ -184,7 +184,7 @@ def _pruning(record: DemoRecord) -> str:
         f"tokens are kept, which is room for {view.most_digits:.0%} of the digits: scenes have up to four. What is "
         "dropped before the language model is never seen; what is dropped inside it has been read by the layers "
         "before. Shown are the first scenes with two digits; dropped quarters are faded.</p>"
-        f"{keeps(record, view)}</section>"
+        f'<div class="keeps">{keeps(record, view)}</div></section>'
     )
 
 

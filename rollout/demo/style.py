@@ -34,7 +34,7 @@ h4 { font-size: 14px; margin: 0 0 6px; font-weight: 600; }
   display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 14px;
   margin: 28px 0 0;
 }
-.tile, .card, figure {
+.tile, .card, .keeps, figure {
   background: var(--card); border: 1px solid var(--rule); border-radius: 12px; margin: 0; padding: 18px 20px;
 }
 .tile .value {
@@ -76,8 +76,9 @@ svg .hollow { fill: var(--card); stroke: var(--grey); stroke-width: 2; }
 .lost .scene { outline: 2px solid var(--red); outline-offset: -1px; }
 .method {
   display: grid; grid-template-columns: 190px 1fr; gap: 6px 24px; padding: 16px 0;
-  border-top: 1px solid var(--rule);
 }
+.keeps { padding: 4px 20px; }
+.method + .method { border-top: 1px solid var(--rule); }
 .method .right, .site p { color: var(--soft); font-size: 14px; line-height: 1.45; margin: 0; }
 .method b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
 .site { display: grid; grid-template-columns: 240px 1fr; gap: 6px 24px; align-items: center; }
@@ -133,5 +134,5 @@ code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; fo
   .site .thumbs { grid-template-columns: repeat(4, minmax(0, 88px)); }
   main { padding: 28px 16px 60px; }
 }
-@media print { .card, figure, .outcome { break-inside: avoid; } }
+@media print { .card, figure, .outcome, .method { break-inside: avoid; } }
 """

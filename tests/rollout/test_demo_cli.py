@@ -179,6 +179,8 @@ def test_a_short_run_from_end_to_end(tmp_path, capsys):
     engine = Engine.from_pretrained(options.output / "model")
     again = evaluate(engine, record.held_out, make_reward())
     assert again == with_perception.after
+    assert record.pruning.accuracy == again.accuracy
+    assert "What pruning keeps" in (options.output / "report.html").read_text(encoding="utf-8")
     assert next(scene_stream("held-out", 0)).answer == record.held_out[0].answer
 
 

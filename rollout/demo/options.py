@@ -9,8 +9,14 @@ from typing import Any, Literal
 from foveate.rollout.config import require
 from foveate.rollout.pruning import PruneConfig
 
+KEEP = 0.5  # of an image's four tokens
 # Of the methods inside the language model, for a decoder of three layers.
 LAYER_OPTIONS: dict[str, dict[str, Any]] = {"fastv": {"layer": 1}, "pyramiddrop": {"layers": (1, 2)}}
+
+
+def pruning_by(method: str, keep: float | None = None) -> PruneConfig:
+    """A method as the demo's model takes it; keep: None is a half."""
+    return PruneConfig(method, KEEP if keep is None else keep, **LAYER_OPTIONS.get(method, {}))
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,4 @@ class DemoOptions:
     @property
     def prune_config(self) -> PruneConfig | None:
         """Of the engine that GRPO rolls out with."""
-        if self.prune is None:
-            return None
-        keep = 0.5 if self.keep is None else self.keep
-        return PruneConfig(self.prune, keep, **LAYER_OPTIONS.get(self.prune, {}))
+        return None if self.prune is None else pruning_by(self.prune, self.keep)

@@ -6,23 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from foveate.rollout.config import PruneConfig
+from foveate.rollout.demo.options import KEEP, pruning_by
 from foveate.rollout.demo.record import PrunedRun, PrunedSite, PruningView
 from foveate.rollout.demo.scenes import PLACES, Scene
 from foveate.rollout.demo.tasks import evaluate, greedy_groups, judged
 from foveate.rollout.engine import Engine
 from foveate.rollout.processor import Processor
+from foveate.rollout.pruning import METHODS
 from foveate.rollout.rewards import WeightedReward
 from foveate.rollout.types import RolloutGroup
 
-KEEP = 0.5  # of four tokens
-CONFIGS = (
-    PruneConfig("random", KEEP),
-    PruneConfig("strided", KEEP),
-    PruneConfig("visionzip", KEEP),
-    PruneConfig("divprune", KEEP),
-    PruneConfig("fastv", KEEP, layer=1),
-    PruneConfig("pyramiddrop", KEEP, layers=(1, 2)),
-)
 NUM_SHOWN = 8
 
 
@@ -38,7 +31,7 @@ def look_at_pruning(
         return Engine(engine.model, processor, replace(engine.config, prune=config))
 
     runs = []
-    for config in CONFIGS:
+    for config in map(pruning_by, METHODS):
         groups = greedy_groups(engine_with(config), scenes)
         runs.append(PrunedRun(config.method, judged(groups, reward).accuracy, _sites(groups, scenes, shown)))
     accuracy = evaluate(engine_with(None), scenes, reward).accuracy

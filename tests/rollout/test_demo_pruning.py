@@ -16,11 +16,13 @@ from foveate.rollout.config import EngineConfig
 from foveate.rollout.demo import gallery, pruning, tasks
 from foveate.rollout.demo.gallery import keeps
 from foveate.rollout.demo.model import make_model, make_processor
+from foveate.rollout.demo.options import pruning_by
 from foveate.rollout.demo.record import DemoRecord, PrunedRun, PrunedSite, PruningView
 from foveate.rollout.demo.report import render
 from foveate.rollout.demo.scenes import scene_stream
 from foveate.rollout.demo.tasks import evaluate, make_request, make_reward
 from foveate.rollout.engine import Engine
+from foveate.rollout.pruning import METHODS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,9 +61,9 @@ def test_flags_and_shares_are_those_of_each_scene_alone(engine, scenes, view):
     assert inked.sum() == sum(len(scene.digits) for scene in scenes)
     assert view.most_digits == pytest.approx(np.minimum(inked.sum(1), 2).sum() / inked.sum())
     assert list(view.shown) == [index for index, row in enumerate(inked) if row.sum() == 2][:8]
-    assert [run.method for run in view.runs] == [config.method for config in pruning.CONFIGS]
-    for config, run in zip(pruning.CONFIGS, view.runs, strict=True):
-        single = Engine(engine.model, make_processor(), replace(engine.config, prune=config))
+    assert [run.method for run in view.runs] == list(METHODS)
+    for run in view.runs:
+        single = Engine(engine.model, make_processor(), replace(engine.config, prune=pruning_by(run.method)))
         kept = np.zeros((len(run.sites), len(scenes), 4), dtype=bool)
         for index, scene in enumerate(scenes):
             (group,) = single.generate([make_request(scene, temperature=0.0)], strict=True)
@@ -83,8 +85,8 @@ def test_accuracies_are_those_of_an_evaluation(engine, scenes):
 
     found = pruning.look_at_pruning(engine, make_processor(), scenes, Reward())
     assert found.accuracy == evaluate(engine, scenes, Reward()).accuracy
-    for config, run in zip(pruning.CONFIGS, found.runs, strict=True):
-        single = Engine(engine.model, make_processor(), replace(engine.config, prune=config))
+    for run in found.runs:
+        single = Engine(engine.model, make_processor(), replace(engine.config, prune=pruning_by(run.method)))
         assert run.accuracy == evaluate(single, scenes, Reward()).accuracy
     assert len({run.accuracy for run in found.runs}) > 1
 

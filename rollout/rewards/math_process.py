@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 Verdict = Literal["equal", "different", "unreadable", "timeout"]
@@ -55,8 +56,9 @@ class MathProcess:
         with self._lock:
             self._end()
 
-    def __del__(self) -> None:
-        self._end()
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # else modules are gone, and the child ends when its input does
+            self._end()
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._child is not None and self._owner == os.getpid() and self._child.poll() is None:

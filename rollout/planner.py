@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import operator
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from foveate.kernels.paged_attention import StepPlan
 from foveate.rollout.layer_groups import ONE_GROUP, LayerGroups
-from foveate.rollout.scheduler import Sequence
-from foveate.rollout.segments import Chunk, Segment
+from foveate.rollout.scheduler import Sequence as Sample
+from foveate.rollout.segments import Chunk, Segment, Tables
 
 
 class Planner:
     """Plans prefill over chunks of segments and decode over running sequences.
 
-    A plan is for one block of layers; those of a layer group differ in pages and slots alone.
+    A plan is for one block of layers; those of a layer group differ in pages and slots alone. The arrays of all blocks
+    are made at once, and their slots go to the device in one copy.
     """
 
     def __init__(self, page_size: int, device: torch.device, groups: LayerGroups = ONE_GROUP):
         self.page_size = page_size
         self.device = device
         self.groups = groups
+        self._running = _Running([], [], groups)
 
     def prefill(self, chunks: list[Chunk], group: int = 0) -> list[StepPlan]:
         """One plan for each block of a layer group. Rows are the tokens of the chunks, in order, as the group counts
@@ -31,95 +36,171 @@ class Planner:
 
         The length of a segment is what it is once this step's keys are stored.
         """
-        lengths = [chunk.stop - chunk.start for chunk in chunks]
-        starts = [0, *accumulate(lengths)]
+        starts = accumulate((chunk.stop - chunk.start for chunk in chunks), initial=0)
         visits = _Visits()
-        for chunk, start, length in zip(chunks, starts, lengths, strict=False):
-            rows = range(start, start + length)
+        for chunk, start in zip(chunks, starts, strict=False):
+            rows = range(start, start + chunk.stop - chunk.start)
             path = chunk.segment.path()
+            assert chunk.segment.stored(group) == chunk.stop, (chunk.segment.stored(group), chunk.stop)
             for depth, ancestor in enumerate(path[:-1]):
-                visits.add(ancestor, ancestor.stored(group), depth, rows)
-            visits.add(chunk.segment, chunk.stop, len(path) - 1, rows, causal=True)
-        plans = []
-        for block in self.groups.blocks[group]:
-            slots = [self.slots(c.segment.tables[block], np.arange(c.start, c.stop)) for c in chunks]
-            plans.append(visits.plan(block, self._to_device(np.concatenate(slots)), self.page_size))
-        return plans
+                visits.add(ancestor, depth, rows)
+            visits.add(chunk.segment, len(path) - 1, rows, causal=True)
+        slots = [self.slots(c.segment.tables[group], np.arange(c.start, c.stop)) for c in chunks]
+        arrays, _ = visits.arrays({group: self.groups.blocks[group]})
+        return self._plans(arrays, np.concatenate(slots, axis=1))
 
-    def decode(self, sequences: list[Sequence]) -> list[StepPlan]:
-        """One plan for each block. Row r is the last drawn token of sequences[r], stored at the end of its leaf."""
-        rows_below: dict[int, list[int]] = {}
-        paths: dict[int, list[Segment]] = {}
-        for row, sequence in enumerate(sequences):
-            rows_below.setdefault(id(sequence.group), []).append(row)
-            paths[id(sequence.group)] = sequence.group.path
+    def decode(self, sequences: list[Sample]) -> list[StepPlan]:
+        """One plan for each block. Row r is the last drawn token of sequences[r], stored at the end of its leaf.
+
+        What the step has in common with the one before is taken from there: all but lengths and slots as long as the
+        same samples run and take no pages.
+        """
         leaves = [sequence.leaf for sequence in sequences if sequence.leaf is not None]
         assert len(leaves) == len(sequences), "who decodes has a segment of its own"
-        plans = []
-        for group, blocks in enumerate(self.groups.blocks):
-            visits = _Visits()
-            for key, rows in rows_below.items():
-                for depth, segment in enumerate(paths[key]):
-                    visits.add(segment, segment.stored(group), depth, rows)
-            for row, (sequence, leaf) in enumerate(zip(sequences, leaves, strict=True)):
-                visits.add(leaf, leaf.length + 1, len(sequence.group.path), (row,), causal=True)
-            plans += [visits.plan(block, self._next_slots(leaves, block), self.page_size) for block in blocks]
+        if not self._running.follow(leaves):
+            self._running = _Running(sequences, leaves, self.groups)
+        running = self._running
+        lengths = np.array([leaf.length for leaf in leaves], np.int64)
+        page, offset = np.divmod(lengths, self.page_size)
+        slots = np.empty((self.groups.num_blocks, len(leaves)), np.int64)
+        step = []
+        for arrays, blocks in zip(running.arrays, self.groups.blocks, strict=True):
+            first = arrays.page_offsets[running.own] + page
+            slots[blocks.start : blocks.stop] = arrays.pages[:, first]
+            kv_len = arrays.kv_len.copy()
+            kv_len[running.own] = lengths + 1
+            step.append(arrays._replace(kv_len=kv_len))
+        slots *= self.page_size
+        slots += offset
+        return self._plans(step, slots)
+
+    def slots(self, pages: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """int64 [..., T], pool slots of tokens of a segment. pages: int32 [..., pages], of one block or of several."""
+        page, offset = np.divmod(tokens, self.page_size)
+        return pages[..., page].astype(np.int64) * self.page_size + offset
+
+    def _plans(self, groups: Iterable[_Arrays], slots: np.ndarray) -> list[StepPlan]:
+        """slots: int64 [blocks, T], of all blocks of these layer groups."""
+        rows = iter(torch.from_numpy(slots).to(self.device).unbind())
+        plans: list[StepPlan] = []
+        for pages, *others in groups:
+            first = None
+            for own in pages:
+                plans.append(StepPlan(next(rows), own, *others, page_size=self.page_size, like=first))
+                first = first or plans[-1]
         return plans
 
-    def slots(self, pages: list[int], tokens: np.ndarray) -> np.ndarray:
-        """int64, pool slots of tokens of a segment, by its table of one block."""
-        return np.asarray(pages, np.int64)[tokens // self.page_size] * self.page_size + tokens % self.page_size
 
-    def _next_slots(self, leaves: list[Segment], block: int) -> torch.Tensor:
-        """int64, where each leaf's next token goes."""
-        size = self.page_size
-        slots = [leaf.tables[block][leaf.length // size] * size + leaf.length % size for leaf in leaves]
-        return self._to_device(np.array(slots, np.int64))
+class _Arrays(NamedTuple):
+    """Of one layer group, the arrays of its `StepPlan`s. pages: int32 [blocks, pages of all visits]."""
 
-    def _to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(self.device)
+    pages: np.ndarray
+    page_offsets: np.ndarray
+    kv_len: np.ndarray
+    rows: np.ndarray
+    row_offsets: np.ndarray
+    depth: np.ndarray
+    causal: np.ndarray
 
 
 class _Visits:
-    """Collects which rows visit which segment; a segment is visited once, by all rows below it."""
+    """Collects which rows visit which segment; a segment is visited once, by all rows below it. One entry a visit."""
 
     def __init__(self) -> None:
-        self.segments: dict[tuple[int, bool], tuple[Segment, int, int, bool]] = {}
-        self.rows: dict[tuple[int, bool], list[int]] = {}
-        self.visits: list[tuple[Segment, int, int, bool]] = []  # in the plans' order
-        self.first: StepPlan | None = None
+        self.segments: list[Segment] = []
+        self.depths: list[int] = []
+        self.causal: list[bool] = []
+        self.rows: list[list[int]] = []
+        self._places: dict[tuple[int, bool], int] = {}
 
-    def add(self, segment: Segment, kv_len: int, depth: int, rows, causal: bool = False) -> None:
-        key = (id(segment), causal)
-        self.segments[key] = (segment, kv_len, depth, causal)
-        self.rows.setdefault(key, []).extend(rows)
+    def add(self, segment: Segment, depth: int, rows: Iterable[int], causal: bool = False) -> None:
+        place = self._places.setdefault((segment.number, causal), len(self.segments))
+        if place == len(self.segments):
+            self.segments.append(segment)
+            self.depths.append(depth)
+            self.causal.append(causal)
+            self.rows.append([])
+        self.rows[place].extend(rows)
 
-    def plan(self, block: int, slots: torch.Tensor, page_size: int) -> StepPlan:
-        """The plan of one block; the arrays that all blocks share are made once."""
-        if self.first is not None:
-            pages = _concat([visit[0].tables[block] for visit in self.visits])
-            return replace(self.first, slots=slots, visit_pages=pages, prepared=None, like=self.first)
-        order = sorted(self.segments, key=lambda key: self.segments[key][2])  # by depth, stable
-        visits = self.visits = [self.segments[key] for key in order]
-        tables = [visit[0].tables[block] for visit in visits]
-        rows = [self.rows[key] for key in order]
-        self.first = StepPlan(
-            slots=slots,
-            visit_pages=_concat(tables),
-            visit_page_offsets=_offsets(tables),
-            visit_kv_len=np.array([visit[1] for visit in visits], np.int32),
-            visit_rows=_concat(rows),
-            visit_row_offsets=_offsets(rows),
-            visit_depth=np.array([visit[2] for visit in visits], np.int32),
-            visit_causal=np.array([visit[3] for visit in visits], bool),
-            page_size=page_size,
-        )
-        return self.first
+    def arrays(
+        self, blocks: Mapping[int, range], leaves: Sequence[Tables] = (), leaf_depths: Sequence[int] = ()
+    ) -> tuple[list[_Arrays], np.ndarray]:
+        """The arrays of layer groups, which are given with their blocks, and int64 [V], the place of each visit there.
+
+        Lengths are those that are stored now. leaves: tables of further segments, of which row r visits the r-th; their
+        lengths are 0.
+        """
+        depth = np.array([*self.depths, *leaf_depths], np.int32)
+        sizes = np.array([*map(len, self.rows), *[1] * len(leaves)], np.int32)
+        rows = np.fromiter(chain(chain.from_iterable(self.rows), range(len(leaves))), np.int32)
+        order = np.argsort(depth, kind="stable")
+        shared = _reordered(rows, sizes, order), _offsets(sizes[order]), depth[order]
+        causal = np.array([*self.causal, *[True] * len(leaves)], bool)[order]
+        found = []
+        for group, own in blocks.items():
+            tables = [*(segment.tables[group] for segment in self.segments), *(tables[group] for tables in leaves)]
+            tables = [tables[place] for place in order.tolist()]
+            pages = np.concatenate([np.empty((len(own), 0), np.int32), *tables], axis=1)
+            kv_len = np.array([segment.stored(group) for segment in self.segments] + [0] * len(leaves), np.int32)[order]
+            page_offsets = _offsets([table.shape[1] for table in tables])
+            found.append(_Arrays(pages, page_offsets, kv_len, *shared, causal))
+        return found, np.argsort(order)
 
 
-def _concat(lists: list[list[int]]) -> np.ndarray:
-    return np.fromiter(chain.from_iterable(lists), np.int32, count=sum(map(len, lists)))
+class _Running:
+    """What decode steps of the same samples have in common; it holds no segments, only their tables.
+
+    arrays: by layer group, with the pages of now; the lengths of the rows' own segments are left out. own: int64 [T],
+    the visit of each row's own segment.
+    """
+
+    def __init__(self, sequences: Sequence[Sample], leaves: list[Segment], groups: LayerGroups):
+        self._numbers = [leaf.number for leaf in leaves]
+        self._tables = [leaf.tables for leaf in leaves]
+        visits, rows_below = _Visits(), defaultdict(list)
+        for row, sequence in enumerate(sequences):
+            rows_below[sequence.group].append(row)
+        for group, rows in rows_below.items():
+            for depth, segment in enumerate(group.path):
+                visits.add(segment, depth, rows)
+        depths = [len(sequence.group.path) for sequence in sequences]
+        self.arrays, places = visits.arrays(dict(enumerate(groups.blocks)), self._tables, depths)
+        self.own = places[len(visits.segments) :]
+
+    def follow(self, leaves: list[Segment]) -> bool:
+        """Takes in pages that these leaves have taken. False, and nothing is changed, if they are not the same."""
+        tables = [leaf.tables for leaf in leaves]
+        if len(tables) == len(self._tables) and all(map(operator.is_, tables, self._tables)):
+            return True
+        if [leaf.number for leaf in leaves] != self._numbers:
+            return False
+        grown = [row for row, (new, old) in enumerate(zip(tables, self._tables, strict=True)) if new is not old]
+        grown.sort(key=self.own.__getitem__)
+        self.arrays = [self._with_pages(group, grown, tables) for group in range(len(self.arrays))]
+        self._tables = tables
+        return True
+
+    def _with_pages(self, group: int, grown: list[int], tables: list[Tables]) -> _Arrays:
+        """The arrays of a layer group when the segments of these rows, in the order of visits, have more pages."""
+        arrays, visits = self.arrays[group], self.own[grown]
+        added = [tables[row][group][:, self._tables[row][group].shape[1] :] for row in grown]
+        parts, start = [], 0
+        for end, pages in zip(arrays.page_offsets[visits + 1].tolist(), added, strict=True):
+            parts += [arrays.pages[:, start:end], pages]
+            start = end
+        more = np.zeros_like(arrays.page_offsets)
+        more[visits + 1] = [pages.shape[1] for pages in added]
+        offsets = arrays.page_offsets + more.cumsum(dtype=np.int32)
+        return arrays._replace(pages=np.concatenate([*parts, arrays.pages[:, start:]], axis=1), page_offsets=offsets)
 
 
-def _offsets(lists: list[list[int]]) -> np.ndarray:
-    return np.array([0, *accumulate(map(len, lists))], np.int32)
+def _reordered(items: np.ndarray, sizes: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Runs of items of these sizes, laid end to end in another order."""
+    starts, sizes = (sizes.cumsum() - sizes)[order], sizes[order]
+    return items[np.repeat(starts - sizes.cumsum() + sizes, sizes) + np.arange(len(items))]
+
+
+def _offsets(sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(sizes) + 1, np.int32)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import count
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from foveate.rollout.layer_groups import ONE_GROUP, LayerGroups
@@ -14,22 +15,27 @@ from foveate.rollout.pages import PagePool, pages_for
 from foveate.rollout.processor import Prompt
 from foveate.rollout.tails import Tail, fingerprint, is_pruned_inside, tail_of
 
+Tables = tuple[np.ndarray, ...]
+NO_PAGES: Tables = (np.empty((1, 0), np.int32),)
+
 
 @dataclass(eq=False)
 class Segment:
     """Consecutive tokens whose keys and values lie in the pages of `tables`; a child continues where its parent ends.
 
     identity: hash of parent identity, tokens, positions, images and weight versions; None for a completion,
-    which nobody shares. tables: pages by block of layers (`LayerGroups`), one table without pruning between layers.
-    length: tokens stored so far, in the first layer group. refs: requests and child segments that hold it.
-    features: float [tokens, hidden] by content hash, of images whose tokens were embedded in part.
+    which nobody shares. tables: by layer group int32 [blocks, pages], pages of each block of layers (`LayerGroups`),
+    first token first; replaced as a whole when pages come, behind those that are there, or go. length: tokens stored so
+    far, in the first layer group. refs: requests and child segments that hold it. features: float [tokens, hidden] by
+    content hash, of images whose tokens were embedded in part.
     last_hidden: float [hidden], the final hidden state of its last token, once computed.
     tail, held: of a segment that loses tokens between layers, its prompt's tail and its tokens by layer group.
+    number: no other segment's, ever.
     """
 
     parent: Segment | None
     identity: bytes | None
-    tables: list[list[int]] = field(default_factory=lambda: [[]])
+    tables: Tables = NO_PAGES
     length: int = 0
     refs: int = 1
     prompt: Prompt | None = None  # where tokens to prefill come from
@@ -38,11 +44,12 @@ class Segment:
     last_hidden: torch.Tensor | None = None
     tail: Tail | None = None
     held: tuple[int, ...] = ()
+    number: int = field(default_factory=count().__next__)
 
     @property
     def pages(self) -> list[int]:
-        """All its pages."""
-        return self.tables[0] if len(self.tables) == 1 else [page for table in self.tables for page in table]
+        """All its pages, block by block."""
+        return [page for table in self.tables for page in table.ravel().tolist()]
 
     @property
     def source(self) -> Prompt:
@@ -111,7 +118,7 @@ class SegmentTree:
     def prompt_pages(self, prompt: Prompt) -> list[int]:
         """Pages of each segment of a prompt."""
         tail = tail_of(prompt, self.groups)
-        return [sum(self._table_sizes(span, _within(tail, span))) for span in spans(prompt)]
+        return [self._total(self._widths(span, _within(tail, span))) for span in spans(prompt)]
 
     def pages_needed(self, identities: list[bytes], prompt: Prompt) -> int:
         """Pages that `acquire` would take for this prompt now."""
@@ -127,7 +134,7 @@ class SegmentTree:
             segment = self._by_identity.get(identity)
             if segment is None:
                 own = _within(tail, span)
-                tables = self._allocate(self._table_sizes(span, own))
+                tables = self._allocate(self._widths(span, own))
                 segment = Segment(parent, identity, tables, refs=0, prompt=prompt, span=span)
                 if own is not None:
                     segment.tail, segment.held = own, own.tokens(span)
@@ -146,13 +153,14 @@ class SegmentTree:
         again: tokens to prefill, those that a sample had stored before its pages were taken.
         """
         span = (0, 0 if again is None else len(again.token_ids))
-        tables = self._allocate([pages_for(room, self.page_size)] * self.groups.num_blocks)
+        tables = self._allocate([pages_for(room, self.page_size)] * self.groups.count)
         parent.refs += 1
         return Segment(parent, identity=None, tables=tables, prompt=again, span=span)
 
     def is_full(self, segment: Segment) -> bool:
         """Whether one more token of a completion takes more pages, one a block."""
-        return segment.length == len(segment.tables[0]) * self.page_size
+        page, offset = divmod(segment.length, self.page_size)
+        return offset == 0 and page == segment.tables[0].shape[1]
 
     def can_grow(self, segment: Segment) -> bool:
         """Whether there is room for one more token, or the pages for it."""
@@ -161,8 +169,8 @@ class SegmentTree:
     def grow(self, segment: Segment) -> None:
         """Makes room for one more token."""
         if self.is_full(segment):
-            for table, page in zip(segment.tables, self.pool.allocate(self.groups.num_blocks), strict=True):
-                table.append(page)
+            more = zip(segment.tables, self._allocate([1] * self.groups.count), strict=True)
+            segment.tables = tuple(np.concatenate(both, axis=1) for both in more)
 
     def release(self, segment: Segment) -> None:
         """Drops one hold; a segment that nobody holds gives its pages back, and its hold on the parent."""
@@ -173,25 +181,29 @@ class SegmentTree:
             if held.refs:
                 return
             self.pool.free(held.pages)
-            held.tables = [[] for _ in held.tables]
+            held.tables = tuple(table[:, :0] for table in held.tables)
             if held.identity is not None:
                 del self._by_identity[held.identity]
             held = held.parent
 
-    def _table_sizes(self, span: tuple[int, int], tail: Tail | None) -> list[int]:
-        """Pages by block of a segment of a prompt."""
+    def _widths(self, span: tuple[int, int], tail: Tail | None) -> list[int]:
+        """Pages a block, by layer group, of a segment of a prompt."""
         if tail is None:
-            return [pages_for(span[1] - span[0], self.page_size)] * self.groups.num_blocks
-        sizes = zip(tail.tokens(span), self.groups.blocks, strict=True)
-        return [pages_for(tokens, self.page_size) for tokens, blocks in sizes for _ in blocks]
+            return [pages_for(span[1] - span[0], self.page_size)] * self.groups.count
+        return [pages_for(tokens, self.page_size) for tokens in tail.tokens(span)]
 
-    def _allocate(self, sizes: list[int]) -> list[list[int]]:
-        """Tables of so many pages; all or none."""
-        pages = self.pool.allocate(sum(sizes))
-        if len(sizes) == 1:
-            return [pages]
-        ends = list(accumulate(sizes))
-        return [pages[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+    def _total(self, widths: list[int]) -> int:
+        return sum(width * len(blocks) for width, blocks in zip(widths, self.groups.blocks, strict=True))
+
+    def _allocate(self, widths: list[int]) -> Tables:
+        """Tables of so many pages a block, by layer group; all or none."""
+        pages, tables = np.array(self.pool.allocate(self._total(widths)), np.int32), []
+        start = 0
+        for width, blocks in zip(widths, self.groups.blocks, strict=True):
+            stop = start + width * len(blocks)
+            tables.append(pages[start:stop].reshape(len(blocks), width))
+            start = stop
+        return tuple(tables)
 
 
 def identities(prompt: Prompt, versions: tuple[int, int]) -> list[bytes]:

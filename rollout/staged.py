@@ -178,28 +178,27 @@ class StagedPrefill:
 
     def _stored_keys(self, step: StagePlan) -> tuple[torch.Tensor, Places]:
         """Keys of the layer before a stage, in the pool, and where those of a segment stand."""
-        block, place = divmod(self.groups.layers[step.group].start - 1, self.kv_pool.shape[1])
+        group = step.group - 1
 
         def places(segment: Segment) -> np.ndarray:
-            return self.planner.slots(segment.tables[block], np.arange(segment.stored(step.group - 1)))
+            return self.planner.slots(segment.tables[group][-1], np.arange(segment.stored(group)))
 
-        return self.kv_pool[0, place], places
+        return self.kv_pool[0, -1], places
 
     def _new_keys(self, step: StagePlan, k: torch.Tensor, prompts: list[Segment]) -> tuple[torch.Tensor, Places]:
         """As `_stored_keys`, of the layer behind the stage: keys of this step's rows, then stored ones above them."""
-        block, place = divmod(self.groups.layers[step.group].start, self.kv_pool.shape[1])
         found: dict[Segment, np.ndarray] = {piece.segment: np.arange(0) for piece in step.pieces}
         slots, total = [np.empty(0, np.int64)], len(k)
         for segment in dict.fromkeys(segment for prompt in prompts for segment in prompt.path()):
             piece, first = step.rows_of.get(segment, (None, 0))
             stored = segment.stored(step.group) if piece is None else piece.start
-            slots.append(self.planner.slots(segment.tables[block], np.arange(stored)))
+            slots.append(self.planner.slots(segment.tables[step.group][0], np.arange(stored)))
             new = np.arange(first, first + (0 if piece is None else piece.stop - piece.start))
             found[segment] = np.concatenate([np.arange(total, total + stored), new])
             total += stored
         if total == len(k):
             return k, found.__getitem__
-        pool = self.kv_pool[0, place].flatten(0, 1)
+        pool = self.kv_pool[0, 0].flatten(0, 1)
         old = pool[torch.from_numpy(np.concatenate(slots)).to(k.device)]
         return torch.cat([k, old]), found.__getitem__
 

@@ -295,7 +295,7 @@ class Trace:
             length = segment.span[1] - segment.span[0]
             if segment.identity is not None:
                 held = segment.held or (length,) * len(segment.tables)  # each group has one block here
-                assert [len(table) for table in segment.tables] == [-(-count // PAGE) for count in held]
+                assert [table.shape for table in segment.tables] == [(1, -(-count // PAGE)) for count in held]
                 assert held[0] == length
             assert len({segment.stored(group) for group in range(len(segment.tables))}) == 1 or segment.tail
         tails = {segment.tail for segment in segments if segment.tail}

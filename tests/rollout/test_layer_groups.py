@@ -41,6 +41,11 @@ def prompt_of(*parts: tuple[int, int] | int, cut: int = 0, name: int = 0) -> Pro
     return Prompt(ids, torch.arange(start).expand(3, -1), start, tuple(images), ends)
 
 
+def tables(*groups: list[list[int]]) -> tuple[np.ndarray, ...]:
+    """By layer group, the pages of each block."""
+    return tuple(np.array(blocks, np.int32) for blocks in groups)
+
+
 @pytest.mark.parametrize(
     ("config", "layers", "starts", "per_page", "blocks"),
     [
@@ -121,22 +126,22 @@ def test_pages_of_a_tree():
     assert tree.prompt_pages(prompt) == [6, pages_for(19, 4) + 2 * pages_for(11, 4)]
     assert tree.pages_needed(names, prompt) == 6 + 5 + 6 == 17
     system, rest = tree.acquire(names, prompt)
-    assert [len(table) for table in system.tables] == [2, 2, 2]
-    assert [len(table) for table in rest.tables] == [5, 3, 3]
+    assert [table.shape for table in system.tables] == [(1, 2), (2, 2)]
+    assert [table.shape for table in rest.tables] == [(1, 5), (2, 3)]
     assert (system.tail, rest.held, rest.ends_tail, system.ends_tail) == (None, (19, 11), True, False)
     assert pool.num_used == 17
     leaf = tree.branch(rest, 5)
-    assert [len(table) for table in leaf.tables] == [2, 2, 2]
+    assert [table.shape for table in leaf.tables] == [(1, 2), (2, 2)]
     leaf.length = 8
     tree.grow(leaf)
-    assert [len(table) for table in leaf.tables] == [3, 3, 3]
+    assert [table.shape for table in leaf.tables] == [(1, 3), (2, 3)]
     assert len(set(system.pages + rest.pages + leaf.pages)) == pool.num_used == 26
     leaf.length = 12
     pool.allocate(12)
     assert not tree.can_grow(leaf)
     with pytest.raises(OutOfPages):
         tree.grow(leaf)
-    assert [len(table) for table in leaf.tables] == [3, 3, 3]
+    assert [table.shape for table in leaf.tables] == [(1, 3), (2, 3)]
     for segment in (system, rest, leaf):
         tree.release(segment)
     assert pool.num_used == 12
@@ -169,8 +174,10 @@ def test_plans_of_a_step_by_hand():
     groups = LayerGroups(3, (Stage(1, 0.5, "before"),))  # blocks 0 | 1, 2
     planner = Planner(2, CPU, groups)
     tail = tail_of(pruned(prompt_of(1, (4, 1), 2, cut=2), FASTV), groups)
-    prefix = Segment(None, None, tables=[[9], [8], [7]], length=2, span=(0, 2))
-    prompt = Segment(prefix, None, tables=[[0, 1, 2], [3, 4], [6, 5]], length=5, span=(2, 7), tail=tail, held=(5, 3))
+    prefix = Segment(None, None, tables=tables([[9]], [[8], [7]]), length=2, span=(0, 2))
+    prompt = Segment(
+        prefix, None, tables=tables([[0, 1, 2]], [[3, 4], [6, 5]]), length=5, span=(2, 7), tail=tail, held=(5, 3)
+    )
     (first,) = planner.prefill([Chunk(prompt, 3, 5)])
     assert first.slots.tolist() == [3, 4]
     assert first.visit_pages.tolist() == [9, 0, 1, 2]
@@ -180,7 +187,7 @@ def test_plans_of_a_step_by_hand():
     assert (second.slots.tolist(), third.slots.tolist()) == ([6, 7, 8], [12, 13, 10])
     assert (second.visit_pages.tolist(), third.visit_pages.tolist()) == ([8, 3, 4], [7, 6, 5])
     assert second.visit_kv_len.tolist() == third.visit_kv_len.tolist() == [2, 3]
-    leaf = Segment(prompt, None, tables=[[10], [11], [12]], length=1)
+    leaf = Segment(prompt, None, tables=tables([[10]], [[11], [12]]), length=1)
     group = type("Group", (), {"path": [prefix, prompt], "request_id": "x"})()
     plans = planner.decode([Sequence(group, 0, leaf=leaf)])
     assert [plan.slots.tolist() for plan in plans] == [[21], [23], [25]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.kernels.paged_attention import StepPlan
+from foveate.rollout.layer_groups import LayerGroups
 from foveate.rollout.planner import Planner
 from foveate.rollout.processor import Prompt
+from foveate.rollout.pruners.protocol import Stage
 from foveate.rollout.scheduler import Group, Sequence
 from foveate.rollout.segments import Chunk, Segment
 from foveate.rollout.types import Request
@@ -22,6 +26,11 @@ Visits = dict[tuple[tuple[int, ...], int, int, bool], list[int]]
 CPU = torch.device("cpu")
 NO_BANS = torch.zeros(0, dtype=torch.bool)
 PROMPT = Prompt(torch.zeros(1, dtype=torch.int64), torch.zeros((3, 1), dtype=torch.int64), 1, (), (1,))
+
+
+def tables(*numbers: int) -> tuple[np.ndarray]:
+    """The tables of a segment of one layer group and one block."""
+    return (np.array([numbers], np.int32),)
 
 
 def visits_of(plan: StepPlan) -> Visits:
@@ -90,7 +99,7 @@ class Forest:
         count = -(-length // self.page_size) + spare_pages
         pages = [self.pages.pop() for _ in range(count)]
         start = int(self.rng.integers(0, 50))
-        return Segment(parent, identity=None, tables=[pages], length=length, span=(start, start + length))
+        return Segment(parent, identity=None, tables=tables(*pages), length=length, span=(start, start + length))
 
     def prompt(self, parents: list[int | None], lengths: list[int]) -> list[Segment]:
         segments: list[Segment] = []
@@ -163,11 +172,86 @@ def test_decode(built, data):
     assert all(slot // forest.page_size in leaf.pages for slot, leaf in zip(plan.slots.tolist(), leaves, strict=True))
 
 
+BLOCKS = LayerGroups(5, (Stage(2, 0.5, "before"),))  # groups of 2 and 3 blocks
+ARRAYS = [field.name for field in dataclasses.fields(StepPlan) if field.name.startswith("visit_")]
+
+
+class Samples:
+    """Running samples of two groups of different depth, with pages of all blocks, step after step."""
+
+    def __init__(self, page_size: int):
+        self.page_size, self.pages = page_size, itertools.count()
+        root = self.segment(None, 3)
+        self.groups = [group_at(root), group_at(self.segment(root, 5))]
+        self.running: list[Sequence] = []
+
+    def segment(self, parent: Segment | None, length: int) -> Segment:
+        segment = Segment(parent, None, tables=tuple(self.more(len(own), 0) for own in BLOCKS.blocks), length=length)
+        self.grow(segment, -(-length // self.page_size))
+        return segment
+
+    def more(self, blocks: int, count: int) -> np.ndarray:
+        return np.array([[next(self.pages) for _ in range(count)] for _ in range(blocks)], np.int32).reshape(blocks, -1)
+
+    def grow(self, segment: Segment, count: int) -> None:
+        tables = (np.hstack([table, self.more(len(table), count)]) for table in segment.tables)
+        segment.tables = tuple(tables)
+
+    def start(self, group: int, length: int, place: int) -> None:
+        leaf = self.segment(self.groups[group].path[-1], length)
+        self.running.insert(place, Sequence(self.groups[group], leaf=leaf))
+
+    def step(self, spare: int) -> None:
+        """Room for one more token; the first sample takes `spare` pages more than it needs now."""
+        for index, sequence in enumerate(self.running):
+            leaf = sequence.leaf
+            full = leaf.length == leaf.tables[0].shape[1] * self.page_size
+            if count := int(full) + (0 if index else spare):
+                self.grow(leaf, count)
+
+
+@given(st.data())
+def test_a_step_after_others(data):
+    """Samples start, end, change places and take pages: the plans are those of a planner that knows no step before."""
+    samples = Samples(data.draw(st.sampled_from([1, 2, 3])))
+    planner = Planner(samples.page_size, CPU, BLOCKS)
+    made: list[tuple[StepPlan, dict[str, list]]] = []
+    for _ in range(data.draw(st.integers(2, 8))):
+        for _ in range(data.draw(st.sampled_from([0, 0, 0, 1, 3]))):
+            place = data.draw(st.integers(0, len(samples.running)))
+            samples.start(data.draw(st.integers(0, 1)), data.draw(st.integers(0, 4)), place)
+        if samples.running and data.draw(st.sampled_from([False, False, True])):
+            samples.running.pop(data.draw(st.integers(0, len(samples.running) - 1)))
+        samples.step(data.draw(st.sampled_from([0, 0, 2])))
+        plans, fresh = planner.decode(samples.running), Planner(samples.page_size, CPU, BLOCKS).decode(samples.running)
+        assert [contents(plan) for plan in plans] == [contents(plan) for plan in fresh]
+        leaves = [sequence.leaf for sequence in samples.running]
+        for plan, pages in zip(
+            plans, zip(*(map(list, all_blocks(leaf)) for leaf in leaves), strict=True), strict=False
+        ):
+            every = [[page * samples.page_size + i for page in own for i in range(samples.page_size)] for own in pages]
+            assert plan.slots.tolist() == [slots[leaf.length] for slots, leaf in zip(every, leaves, strict=True)]
+        for leaf in leaves:
+            leaf.length += 1
+        made += [(plan, contents(plan)) for plan in plans]
+    assert all(contents(plan) == before for plan, before in made), "a plan that was handed out stays as it was"
+
+
+def all_blocks(segment: Segment) -> list[list[int]]:
+    return [pages for table in segment.tables for pages in table.tolist()]
+
+
+def contents(plan: StepPlan) -> dict[str, list]:
+    arrays = {name: getattr(plan, name) for name in ARRAYS}
+    types = {name: array.dtype.name for name, array in arrays.items()}
+    return {"slots": plan.slots.tolist(), "types": types, **{name: array.tolist() for name, array in arrays.items()}}
+
+
 def test_prefill_by_hand():
     """Two children of one prefix in one step, as arrays written down."""
-    prefix = Segment(None, None, tables=[[4, 2]], length=3, span=(0, 3))
-    left = Segment(prefix, None, tables=[[0]], length=1, span=(3, 4))
-    right = Segment(prefix, None, tables=[[7]], length=2, span=(3, 5))
+    prefix = Segment(None, None, tables=tables(4, 2), length=3, span=(0, 3))
+    left = Segment(prefix, None, tables=tables(0), length=1, span=(3, 4))
+    right = Segment(prefix, None, tables=tables(7), length=2, span=(3, 5))
     (plan,) = Planner(2, CPU).prefill([Chunk(segment, 0, segment.length) for segment in (prefix, left, right)])
     assert plan.slots.tolist() == [8, 9, 4, 0, 14, 15]
     assert plan.visit_depth.tolist() == [0, 0, 1, 1]
@@ -181,9 +265,9 @@ def test_prefill_by_hand():
 
 def test_the_last_chunk_of_a_prompt_by_hand():
     """Five tokens were stored; the two that follow see all of them, and the sample's own stored tokens come below."""
-    prefix = Segment(None, None, tables=[[4]], length=2, span=(0, 2))
-    long = Segment(prefix, None, tables=[[1, 0, 6, 7]], length=7, span=(2, 9))
-    leaf = Segment(long, None, tables=[[9]], length=1, prompt=PROMPT, span=(0, 1))
+    prefix = Segment(None, None, tables=tables(4), length=2, span=(0, 2))
+    long = Segment(prefix, None, tables=tables(1, 0, 6, 7), length=7, span=(2, 9))
+    leaf = Segment(long, None, tables=tables(9), length=1, prompt=PROMPT, span=(0, 1))
     (plan,) = Planner(2, CPU).prefill([Chunk(long, 5, 7), Chunk(leaf, 0, 1)])
     assert plan.slots.tolist() == [13, 14, 18]
     assert visits_of(plan) == {
@@ -196,13 +280,13 @@ def test_the_last_chunk_of_a_prompt_by_hand():
 
 def test_decode_by_hand():
     """Two groups on one prefix, one with a prompt of its own below it."""
-    prefix = Segment(None, None, tables=[[5, 1]], length=4)
-    own = Segment(prefix, None, tables=[[3]], length=1)
+    prefix = Segment(None, None, tables=tables(5, 1), length=4)
+    own = Segment(prefix, None, tables=tables(3), length=1)
     short, long = group_at(prefix), group_at(own)
     leaves = [
-        (short, Segment(prefix, None, tables=[[8]], length=1)),
-        (long, Segment(own, None, tables=[[9, 6]], length=2)),
-        (long, Segment(own, None, tables=[[0]], length=0)),
+        (short, Segment(prefix, None, tables=tables(8), length=1)),
+        (long, Segment(own, None, tables=tables(9, 6), length=2)),
+        (long, Segment(own, None, tables=tables(0), length=0)),
     ]
     (plan,) = Planner(2, CPU).decode([Sequence(group, 0, leaf=leaf) for group, leaf in leaves])
     assert plan.slots.tolist() == [17, 12, 0]
@@ -225,7 +309,7 @@ def test_decode_of_no_sequence():
 @pytest.mark.parametrize("length", [0, 1, 2])
 def test_decode_writes_behind_what_is_stored(length):
     """At the start, the middle and the end of a page."""
-    prefix = Segment(None, None, tables=[[0]], length=1)
+    prefix = Segment(None, None, tables=tables(0), length=1)
     (sequence,) = running(Forest(2, 0), prefix, [length])
     (plan,) = Planner(2, CPU).decode([sequence])
     pages = sequence.leaf.pages

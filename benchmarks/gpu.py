@@ -34,6 +34,7 @@ BENCHMARKS = {
     "paged_attention": "",
     "policy_loss": "N=12,|N=8192,D=2048,",
     "vision_prune": "spans=(1|2|64),|images|T=(40|1360),",
+    "prune_rollout": "(visionzip|fastv) keep=0.5 .*batch=8$",
 }
 SANITIZER = "compute-sanitizer"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")

@@ -136,13 +136,27 @@ def test_the_limits_fit_into_eight_minutes(tmp_path):
             assert int(step.command[step.command.index("--error-exitcode") + 1]) > 0
 
 
-@pytest.mark.parametrize("name", [name for name, pattern in gpu.BENCHMARKS.items() if pattern])
+KERNELS = [name for name, pattern in gpu.BENCHMARKS.items() if pattern and name != "prune_rollout"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_the_rows_that_fit_into_the_time_are_of_every_kernel(name):
     script = importlib.import_module(f"bench_{name}")
     for options in (Options(torch.device("cuda")), Options(torch.device("cpu"), quick=True)):
         selected = dataclasses.replace(options, filter=gpu.BENCHMARKS[name])
         rows = [m.row("cuda") for m in script.measurements(options)]
         assert {row["kernel"] for row in rows if selected.selects(row)} == set(script.KERNELS)
+
+
+def test_the_rollouts_that_fit_into_the_time():
+    """One method of each site, shared and not, in a rehearsal too."""
+    script = importlib.import_module("bench_prune_rollout")
+    options = Options(torch.device("cpu"), filter=gpu.BENCHMARKS["prune_rollout"])
+    for size in (script.GPU, script.QUICK):
+        found = [(setting, script.cases_of(setting, options)) for setting in script.settings(size)]
+        assert [(setting.batch, setting.sharing) for setting, cases in found if cases] == [(8, True), (8, False)]
+        for _, cases in found:
+            assert [case and case.method for case in cases] in ([], [None, "visionzip", "fastv"])
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from common import Options
 from machine import Ceilings
 
 SCRIPTS = sorted(path.stem for path in (Path(common.__file__).parent).glob("bench_*.py"))
-KERNEL_SCRIPTS = [name for name in SCRIPTS if name != "bench_rollout"]
+KERNEL_SCRIPTS = [name for name in SCRIPTS if name not in ("bench_rollout", "bench_prune_rollout")]
 CPU = torch.device("cpu")
 # Microseconds of the last row of a kernel in a rehearsal, at 10 GB/s and 1 TFLOP/s.
 LAST_FLOORS = {

@@ -69,8 +69,8 @@ class Merge(NamedTuple):
     """Kept tokens, and what was merged into them: kept token j becomes sum over its entries of weight times source.
 
     indices, offsets: as of a `Selection`. merge_offsets: int32 [sum k + 1], the entries of each kept token; one without
-    entries stays as it is. merge_source: int32 [entries], span-local, the token itself first and the others ascending.
-    merge_weight: float32 [entries].
+    entries stays as it is, and so does one that is its own only entry. merge_source: int32 [entries], span-local, the
+    token itself first and the others ascending. merge_weight: float32 [entries].
     """
 
     indices: torch.Tensor
@@ -349,13 +349,15 @@ def merge_similar(
 ) -> Merge:
     """Adds counts[s] contextual tokens to a selection, and merges into them the tokens that are left.
 
-    Of the M tokens of a span that the selection leaves, every max(1, M // c)-th from the first on is a target, c in
+    Of the M tokens of a span that the selection leaves, every M // c-th from the first on is a target, c in
     all; each other one goes to the target of the largest cosine, the first of equals. A target becomes itself plus
-    the mean of the n tokens that went to it: weight 1 for itself, 1 / n for each of them.
+    the mean of the n tokens that went to it: weight 1 for itself, 1 / n for each of them. A span with c = M has nothing
+    to merge, and no entries.
 
     features: float [sum N, D], what is compared: VisionZip takes the mean over heads of a block's keys; their cosines
     are those of `select_maxmin`. offsets: int32 [S + 1]. selection: the dominant tokens. counts: int32 [S]; c is at
-    most M. On a GPU this waits for it. Raises ValueError on shapes and dtypes that do not fit.
+    most M. Sizes follow from offsets, selection.offsets and counts: this waits for a GPU only where they lie on it.
+    Raises ValueError on shapes and dtypes that do not fit.
 
     Deterministic. Source: VisionZip (arXiv 2412.04467), its contextual tokens.
     """

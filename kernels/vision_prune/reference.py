@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 
 QUERY_TILE = 1 << 20  # float32 scores alive at once, about what a core's cache holds
+COSINES = 1 << 22  # float32 cosines of a span alive at once: all of 2,048 tokens, of more tokens as many rows as fit
 LANES, VECTOR = 32, 4  # of the sum of squares: the order of a warp that reads 16 bytes at a time
 
 
@@ -81,10 +82,7 @@ def surviving_rows(rows, starts, lengths, num_rows: int, num_out: int) -> torch.
     steps.index_add_(0, starts, one).index_add_(0, starts + lengths, -one)
     survives = steps[:-1].cumsum(0) == 0
     survives[rows] = True
-    places = torch.where(survives, survives.cumsum(0) - 1, num_out).clamp(max=num_out)
-    out = torch.full((num_out + 1,), -1, dtype=torch.int32, device=rows.device)
-    out[places] = torch.arange(num_rows, dtype=torch.int32, device=rows.device)
-    return out[:num_out]
+    return positions(survives, num_out).int()
 
 
 def compact(planes: Sequence[torch.Tensor], rows: torch.Tensor, dims: Sequence[int]) -> list[torch.Tensor]:
@@ -109,56 +107,103 @@ def select_maxmin(features, offsets, counts, num_kept: int) -> tuple[torch.Tenso
 
 
 def _farthest(units: torch.Tensor, count: int) -> list[int]:
-    """The tokens that max-min selection picks, in its order. units: float32 [N, D]"""
+    """The tokens that max-min selection picks, in its order. units: float32 [N, D]
+
+    At most COSINES cosines are alive; where those of all pairs are more, a chosen token's are computed when it is.
+    """
     if count <= 0:
         return []
-    cosines = similarities(units, units)
+    closest = units.new_empty(len(units))  # of each token, the largest similarity to another one
+    tile = max(1, COSINES // len(units))
+    for start in range(0, len(units), tile):
+        cosines = similarities(units[start : start + tile], units)
+        cosines.diagonal(start).fill_(-torch.inf)
+        closest[start : start + tile] = cosines.amax(1)
     chosen: list[int] = []
-    closest = cosines.clone()
-    closest.fill_diagonal_(-torch.inf)
-    closest = closest.amax(0)  # of each token, the largest similarity to another one
     while True:
         chosen.append(int((closest == closest.min()).nonzero()[0]))
+        last = chosen[-1]
         if len(chosen) == count:
             return chosen
-        row = cosines[chosen[-1]]
+        row = cosines[last] if tile >= len(units) else similarities(units[last : last + 1], units)[0]
         closest = row.clone() if len(chosen) == 1 else torch.maximum(closest, row)
         closest[chosen] = torch.inf
 
 
 def merge_similar(features, offsets, indices, kept_offsets, counts) -> tuple[torch.Tensor, ...]:
-    """See `foveate.kernels.vision_prune.merge_similar`."""
-    units = unit_rows(features)
-    kept, kept_sizes, sizes, sources, weights = [], [0], [0], [], []
-    for count, span, kept_span in zip(counts.tolist(), _bounds(offsets), _bounds(kept_offsets), strict=True):
-        merged = _contextual(units[slice(*span)], indices[slice(*kept_span)].tolist(), count)
-        for token, absorbed in sorted(merged.items()):
-            entries = [token, *absorbed] if absorbed else []
-            sources += entries
-            weights += [1.0 if source == token else 1.0 / len(absorbed) for source in entries]
-            sizes.append(len(entries))
-            kept.append(token)
-        kept_sizes.append(len(merged))
-    integers = (torch.tensor(x, dtype=torch.int32) for x in (kept, kept_sizes, sizes, sources))
-    kept_, kept_sizes_, sizes_, sources_ = (x.to(features.device) for x in integers)
-    weights_ = torch.tensor(weights, dtype=torch.float32, device=features.device)
-    return kept_, kept_sizes_.cumsum(0).int(), sizes_.cumsum(0).int(), sources_, weights_
+    """See `foveate.kernels.vision_prune.merge_similar`. The last three are read on the host, and offsets."""
+    units, device, total = unit_rows(features), features.device, len(features)
+    left = [size - kept for size, kept in zip(_sizes(offsets), _sizes(kept_offsets), strict=True)]
+    wanted = [min(max(count, 0), rest) for count, rest in zip(counts.tolist(), left, strict=True)]
+    merges = [0 < count < rest for count, rest in zip(wanted, left, strict=True)]
+    strides = [rest // count if count else 1 for count, rest in zip(wanted, left, strict=True)]
+    starts, spans = offsets.to(device)[:-1].long(), spans_of(offsets.to(device), total)
+
+    dominant = torch.zeros(total, dtype=torch.bool, device=device)
+    dominant[indices + starts[spans_of(kept_offsets.to(device), len(indices))]] = True
+    ranks = (~dominant).cumsum(0) - 1 - _on(device, [0, *accumulate(left)][:-1], spans)  # among the rest of the span
+    stride = _on(device, strides, spans)
+    target = ~dominant & (ranks % stride == 0) & (ranks // stride < _on(device, wanted, spans))
+    joins = ~dominant & _on(device, merges, spans).bool()  # merging spans: targets and what they absorb
+    others = positions(joins & ~target, sum(m * (rest - c) for m, rest, c in zip(merges, left, wanted, strict=True)))
+    targets = positions(target, sum(wanted))
+    best = _most_similar(units, others, targets, merges, left, wanted)
+
+    number = torch.zeros(total, dtype=torch.long, device=device)  # of the target that a token belongs to
+    number[targets] = torch.arange(len(targets), device=device)
+    number[others] = best
+    absorbed = torch.zeros(len(targets), dtype=torch.long, device=device)
+    absorbed.index_add_(0, best, torch.ones_like(best))
+    entries = positions(joins, sum(m * rest for m, rest in zip(merges, left, strict=True)))
+    # Target by target, itself first, then what it absorbs, which ascends as it was.
+    keys = number[entries] * 2 + ~target[entries]
+    entries = entries[torch.sort(keys, stable=True).indices]
+    weights = torch.where(target[entries], 1.0, 1.0 / absorbed[number[entries]].float())
+    sizes = torch.zeros(total, dtype=torch.long, device=device)
+    sizes[targets] = absorbed + 1
+    kept = positions(dominant | target, len(indices) + len(targets))
+    sizes = (sizes * joins)[kept]
+    ends = [0, *accumulate(size + count for size, count in zip(_sizes(kept_offsets), wanted, strict=True))]
+    return (
+        (kept - starts[spans[kept]]).int(),
+        torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True),
+        torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int(),
+        (entries - starts[spans[entries]]).int(),
+        weights,
+    )
 
 
-def _contextual(units: torch.Tensor, dominant: list[int], count: int) -> dict[int, list[int]]:
-    """Kept token -> the tokens merged into it, ascending. units: float32 [N, D]"""
-    rest = sorted({*range(len(units))} - {*dominant})
-    count = min(max(count, 0), len(rest))
-    targets = rest[:: len(rest) // count][:count] if count else []
-    merged: dict[int, list[int]] = {token: [] for token in (*dominant, *targets)}
-    others = [token for token in rest if token not in merged] if targets else []
-    if others:
-        cosines = similarities(units[others], units[targets])
-        columns = torch.arange(len(targets), device=cosines.device)
-        best = torch.where(cosines == cosines.amax(1, keepdim=True), columns, len(targets)).amin(1)
-        for token, target in zip(others, best.tolist(), strict=True):  # one wait for a GPU, not one a token
-            merged[targets[target]].append(token)
-    return merged
+def _most_similar(units, others, targets, merges, left, wanted) -> torch.Tensor:
+    """int64, for each row in others the number in targets of the most similar row of its span, the first of equals."""
+    found, first, place = [others[:0]], 0, 0
+    for merging, rest, count in zip(merges, left, wanted, strict=True):
+        if merging:
+            rows, columns = others[first : first + rest - count], targets[place : place + count]
+            cosines = similarities(units[rows], units[columns])
+            numbers = torch.arange(place, place + count, device=units.device)
+            is_best = cosines == cosines.amax(1, keepdim=True)
+            found.append(torch.where(is_best, numbers, len(targets)).amin(1))
+            first += rest - count
+        place += count
+    return torch.cat(found)
+
+
+def positions(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """int64 [count], ascending, where a mask is set; what a wrong count leaves over is -1."""
+    # Beyond the last place lies a place for the others: no size depends on what a device holds.
+    places = torch.where(mask, mask.cumsum(0) - 1, count).clamp(max=count)
+    out = torch.full((count + 1,), -1, dtype=torch.long, device=mask.device)
+    out[places] = torch.arange(len(mask), device=mask.device)
+    return out[:count]
+
+
+def _on(device: torch.device, values: list[int], spans: torch.Tensor) -> torch.Tensor:
+    """int64, the value of each element's span."""
+    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)[spans]
+
+
+def _sizes(offsets: torch.Tensor) -> list[int]:
+    return offsets.diff().tolist()
 
 
 def unit_rows(features: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from foveate.kernels.vision_prune import merge_similar, select_topk
+from foveate.kernels.vision_prune import Selection, merge_similar, select_topk
 from foveate.rollout.pruners.protocol import EncodedImage, Kept, Merge, offsets_of, split_selection
 from foveate.rollout.pruning import PruneConfig
 
@@ -37,6 +37,7 @@ class VisionZip:
         others = [count - first for count, first in zip(counts, dominant, strict=True)]
         best = select_topk(torch.cat([each.scores for each in attention]), offsets, _counts(dominant), backend=backend)
         keys = torch.cat([each.keys for each in attention])
+        best = Selection(best.indices, offsets_of(dominant))  # on the host, where it is known: nothing waits for a GPU
         merged = merge_similar(keys, offsets, best, _counts(others), backend=backend)
         kept = split_selection(merged.indices, merged.offsets)
         return [Kept(indices, merge) for indices, merge in zip(kept, _merges(*merged), strict=True)]

@@ -7,7 +7,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.kernels import vision_prune
 from foveate.kernels.dispatch import available
@@ -187,6 +186,20 @@ def test_maxmin_keeps_what_the_reference_keeps(backend):
         assert torch.equal(ours.offsets, theirs.offsets)
 
 
+@pytest.mark.parametrize("room", [1, 40, 41, 200, 41 * 41])
+def test_maxmin_with_little_memory_keeps_the_same(room, monkeypatch):
+    """However few cosines may be alive: row by row, in tiles that divide the tokens or not."""
+    features = torch.randn(41 + 1 + 20, 7, generator=torch.Generator().manual_seed(0)).mul(2).round()
+    arguments = features, offsets_of((41, 1, 20)), ints(30, 1, 6)
+    whole = vision_prune.select_maxmin(*arguments, backend="reference")
+    alive, similarities = [], reference.similarities
+    monkeypatch.setattr(reference, "COSINES", room)
+    monkeypatch.setattr(reference, "similarities", lambda a, b: alive.append(len(a) * len(b)) or similarities(a, b))
+    kept = vision_prune.select_maxmin(*arguments, backend="reference")
+    assert torch.equal(kept.indices, whole.indices)
+    assert max(alive) <= max(room, 41)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_maxmin_of_many_spans_is_that_of_each(backend):
     generator = torch.Generator().manual_seed(0)
@@ -222,20 +235,21 @@ def contextual(features: np.ndarray, dominant: list[int], count: int) -> dict[in
     for token in rest:
         if targets and token not in targets:
             groups[targets[int(np.argmax(x[targets] @ x[token]))]].append(token)
+    merges = len(rest) > len(targets) > 0
     return {
-        token: {token: 1.0} | {source: 1 / len(group) for source in group} if group else {}
+        token: {token: 1.0} | {source: 1 / len(group) for source in group} if merges and token in targets else {}
         for token, group in sorted(groups.items())
     }
 
 
 def test_merge_similar_and_merge_tokens():
     generator = torch.Generator().manual_seed(0)
-    sizes, kept, counts = (40, 0, 9, 6, 3), (10, 2, 3, 6, 0), (7, 1, 9, 2, 0)
-    offsets, keys = offsets_of(sizes), torch.randn(58, 12, generator=generator)
-    selection = vision_prune.select_topk(torch.rand(58, generator=generator), offsets, ints(*kept))
+    sizes, kept, counts = (40, 0, 9, 6, 3, 20), (10, 2, 3, 6, 0, 4), (7, 1, 9, 2, 0, 5)
+    offsets, keys = offsets_of(sizes), torch.randn(78, 12, generator=generator)
+    selection = vision_prune.select_topk(torch.rand(78, generator=generator), offsets, ints(*kept))
     merge = vision_prune.merge_similar(keys, offsets, selection, ints(*counts))
-    features = torch.randn(58, 5, generator=generator, dtype=torch.float64)
-    whole, gradient = [], torch.zeros(58, 5, dtype=torch.float64)
+    features = torch.randn(78, 5, generator=generator, dtype=torch.float64)
+    whole, gradient = [], torch.zeros(78, 5, dtype=torch.float64)
     ends, entries = offsets.tolist(), merge.merge_offsets.tolist()
     place = 0
     for s, dominant in enumerate(as_lists(selection)):
@@ -270,30 +284,26 @@ def test_merge_tokens_leaves_the_bits_of_what_was_not_merged():
     assert out[0].isinf().all()
 
 
-class ValuesRead(TorchDispatchMode):
-    """Counts single values that Python reads: on a GPU each waits for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
+def test_of_equal_cosines_the_lowest_target_absorbs():
+    """The other targets are their own only entry."""
+    merge = vision_prune.merge_similar(torch.ones(8, 3), offsets_of([8]), Selection(ints(), ints(0, 0)), ints(3))
+    assert merge.indices.tolist() == [0, 2, 4]
+    assert merge.merge_offsets.tolist() == [0, 6, 7, 8]
+    assert merge.merge_source.tolist() == [0, 1, 3, 5, 6, 7, 2, 4]
+    assert merge.merge_weight.tolist() == [1] + [float(np.float32(0.2))] * 5 + [1, 1]
 
 
-def test_merging_reads_no_value_for_each_token():
-    """And of equal cosines takes the lowest target."""
-    counts = []
-    for size in (8, 60):
-        features, none = torch.ones(size, 3), Selection(ints(), ints(0, 0))
-        with ValuesRead() as read:
-            merge = vision_prune.merge_similar(features, offsets_of([size]), none, ints(3))
-        counts.append(read.count)
-        targets = [0, size // 3, 2 * (size // 3)]
-        assert merge.indices.tolist() == targets
-        assert merge.merge_source.tolist() == [i for i in range(size) if i not in targets[1:]]
-    assert counts[0] == counts[1]
+def test_merging_reads_nothing_from_the_device():
+    """On "meta" there is nothing to read; the sizes are those that real tensors give."""
+    generator = torch.Generator().manual_seed(0)
+    sizes, kept, counts = (40, 0, 9, 6, 3, 7), (10, 0, 3, 6, 0, 2), (7, 1, 9, 2, 0, 5)
+    offsets, keys = offsets_of(sizes), torch.randn(sum(sizes), 12, generator=generator)
+    selection = vision_prune.select_topk(torch.rand(sum(sizes), generator=generator), offsets, ints(*kept))
+    there = Selection(selection.indices.to("meta"), selection.offsets)
+    real = vision_prune.merge_similar(keys, offsets, selection, ints(*counts))
+    found = vision_prune.merge_similar(keys.to("meta"), offsets, there, ints(*counts))
+    for result, expected in zip(found, real, strict=True):
+        assert (result.device.type, result.shape, result.dtype) == ("meta", expected.shape, expected.dtype)
 
 
 def test_what_does_not_fit_is_named():

@@ -14,7 +14,7 @@ from foveate.rollout.config import PruneConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.testing import tiny_model
 from foveate.rollout.types import Request, RolloutGroup
-from foveate.testing.hidden_tokens import TOLERANCE, check, eager, image_places, kept_of, worst
+from foveate.testing.hidden_tokens import MARGIN, TOLERANCE, check, eager, image_places, kept_of, oracle_kept, worst
 
 FASTV, PYRAMID = PruneConfig("fastv", 0.4), PruneConfig("pyramiddrop", 0.6)
 METHODS = {
@@ -169,6 +169,32 @@ def test_deterministic_mode(method, model_of, requests, make_engine):
     assert same_bits(engine(max_batch_tokens=9).generate(own[::-1], strict=True), alone[::-1])
     scores = engine().score(alone)
     assert all(torch.equal(row, group.rollouts[0].logprobs) for group, (row,) in zip(alone, scores, strict=True))
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+def test_plans_do_not_depend_on_the_batch(method, model_of, chat, picture, make_engine):
+    """64 requests together, again, in another order and alone, in default mode: equal plans but for scores that are
+    as good as equal at a cut.
+    """
+    config, cut = METHODS[method]
+    model = model_of()
+    pictures = [picture(56 + 28 * (seed % 5), 56 + 28 * (seed % 4), seed) for seed in range(20)]
+    wanted = [chat("?", [pictures[i % 20], pictures[i * 7 % 20]], system=None, max_tokens=1) for i in range(64)]
+
+    def plans(order: slice | list[int]) -> list[RolloutGroup]:
+        own = wanted[order] if isinstance(order, slice) else [wanted[index] for index in order]
+        return make_engine(model, prune=config, kv_memory=1 << 24).generate(own, strict=True)
+
+    together, chosen = plans(slice(None)), range(0, 64, 13)
+    same_sets = [kept_of(group.keep) for group in together]
+    assert [kept_of(group.keep) for group in plans(slice(None))] == same_sets, "the same run again"
+    pairs = [*zip(together, plans(slice(None, None, -1))[::-1], strict=True)]
+    pairs += [(together[index], plans([index])[0]) for index in chosen]
+    different = [group for group, other in pairs if kept_of(group.keep) != kept_of(other.keep)]
+    assert len(different) < 3
+    assert all(oracle_kept(model, group, cut)[1] <= MARGIN for group in different)
+    for index in chosen:
+        check(model, [together[index]], cut)
 
 
 def test_a_batch_of_all_kinds(model_of, requests, make_engine):

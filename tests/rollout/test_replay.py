@@ -175,11 +175,11 @@ def test_replayed_logprobs_are_the_engines(family, method, roll_out):
             assert (logprobs_of(model, samples_of(groups)) - drawn).abs().max() <= 2 * error, user
 
 
-@pytest.mark.parametrize("method", ["divprune", "fastv"])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "strided"])  # which looks at no image
 def test_another_prompts_plan_is_seen(method, roll_out):
     """The prompts have the same layout, the images differ; in each way of replaying."""
     model = model_of("qwen2_5_vl")
-    (one,), (other,) = (roll_out(model, METHODS[method], seed, prompts=1) for seed in (0, 1))
+    (one,), (other,) = (roll_out(model, METHODS[method], seed, prompts=1) for seed in (0, 2))
     assert not torch.equal(one.keep.sites[0].kept, other.keep.sites[0].kept)
     mutant = dataclasses.replace(one, keep=other.keep)
     drawn = torch.cat([rollout.logprobs for rollout in one.rollouts])

@@ -83,11 +83,23 @@ class Planner:
         """slots: int64 [blocks, T], of all blocks of these layer groups."""
         rows = iter(torch.from_numpy(slots).to(self.device).unbind())
         plans: list[StepPlan] = []
-        for pages, *others in groups:
+        for arrays in groups:
             first = None
-            for own in pages:
-                plans.append(StepPlan(next(rows), own, *others, page_size=self.page_size, like=first))
-                first = first or plans[-1]
+            for pages in arrays.pages:
+                plan = StepPlan(
+                    slots=next(rows),
+                    visit_pages=pages,
+                    visit_page_offsets=arrays.page_offsets,
+                    visit_kv_len=arrays.kv_len,
+                    visit_rows=arrays.rows,
+                    visit_row_offsets=arrays.row_offsets,
+                    visit_depth=arrays.depth,
+                    visit_causal=arrays.causal,
+                    page_size=self.page_size,
+                    like=first,
+                )
+                plans.append(plan)
+                first = first or plan
         return plans
 
 

@@ -231,7 +231,8 @@ def select_maxmin(
     whose feature has no finite length above 0 has the cosine 0 with all.
 
     features: float [sum N, D]. offsets, counts, num_kept: as of `select_topk`. The indices ascend; the order in which
-    tokens were chosen is not kept.
+    tokens were chosen is not kept. Meanwhile the compiled backends hold all cosines, 4 N^2 bytes of each span; the
+    reference holds at most 16 MiB, or a row.
 
     Deterministic: a cosine is a sum of products in float32, dimension after dimension, on every backend, so that all
     keep the same tokens. Raises ValueError as `select_topk`. Source: DivPrune (arXiv 2503.02175).

@@ -21,7 +21,7 @@ class LayerGroups:
 
     stages[g - 1] drops what group g no longer holds. A page holds `layers_per_page` consecutive layers, the greatest
     common divisor of the groups' sizes, so that one pool of pages serves all groups; those layers are a block, and a
-    segment has one table of pages a block. Without stages there are one group, one block and one table.
+    segment has one table of pages a group, of a row a block. Without stages there are one group and one block.
     """
 
     num_layers: int
@@ -57,7 +57,7 @@ class LayerGroups:
 
     @cached_property
     def num_blocks(self) -> int:
-        """Tables of pages of a segment."""
+        """Blocks of all groups."""
         return self.num_layers // self.layers_per_page
 
 

@@ -244,6 +244,8 @@ def all_blocks(segment: Segment) -> list[list[int]]:
 def contents(plan: StepPlan) -> dict[str, list]:
     arrays = {name: getattr(plan, name) for name in ARRAYS}
     types = {name: array.dtype.name for name, array in arrays.items()}
+    assert plan.slots.is_contiguous()
+    assert all(array.flags.c_contiguous for array in arrays.values())
     return {"slots": plan.slots.tolist(), "types": types, **{name: array.tolist() for name, array in arrays.items()}}
 
 

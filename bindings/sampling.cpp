@@ -19,7 +19,7 @@ T* data_of(const Tensor& tensor) {
 // given: int64 [N] to score, or None to draw, which needs seeds, steps and token_ids. values: float32 [3, N],
 // the log-probabilities, log_kept and entropies.
 void sample_rows(py::handle logits_, py::handle temperature_, py::handle top_k_, py::handle top_p_,
-                 py::handle min_p_, py::handle seeds_, py::handle steps_, py::handle banned_,
+                 py::handle min_p_, py::handle seeds_, py::handle steps_, py::handle allowed_,
                  py::handle given_, py::handle token_ids_, py::handle values_, std::uintptr_t stream) {
     Arguments check;
     const Tensor logits = check.tensor(logits_, "logits", {"N", "V"}, kFloating, Layout::rows);
@@ -39,14 +39,16 @@ void sample_rows(py::handle logits_, py::handle temperature_, py::handle top_k_,
     arguments.steps = static_cast<std::int64_t*>(column(steps_, "steps", DType::int64));
     arguments.given = static_cast<std::int64_t*>(column(given_, "given", DType::int64));
     arguments.token_ids = static_cast<std::int64_t*>(column(token_ids_, "token_ids", DType::int64));
-    if (!banned_.is_none()) {
-        const Tensor banned = check.tensor(banned_, "banned", {"B", "V"}, {DType::boolean});
-        if (banned.shape[0] != 1 && banned.shape[0] != logits.shape[0]) {
-            throw bad_value("1 or " + std::to_string(logits.shape[0]) + " rows",
-                            std::to_string(banned.shape[0]), "banned");
+    if (!allowed_.is_none()) {
+        const Tensor allowed = check.tensor(allowed_, "allowed", {"A", "words"}, {DType::int32});
+        const std::int64_t rows = allowed.shape[0], words = (logits.shape[1] + 31) / 32;
+        if ((rows != 1 && rows != logits.shape[0]) || allowed.shape[1] != words) {
+            throw bad_value("[1 or " + std::to_string(logits.shape[0]) + ", " + std::to_string(words) + "]",
+                            "[" + std::to_string(rows) + ", " + std::to_string(allowed.shape[1]) + "]",
+                            "allowed");
         }
-        arguments.banned = data_of<std::uint8_t>(banned);
-        arguments.banned_stride = banned.shape[0] == 1 ? 0 : banned.shape[1];
+        arguments.allowed = data_of<std::uint32_t>(allowed);
+        arguments.allowed_stride = rows == 1 ? 0 : words;
     }
     if (given_.is_none() && (seeds_.is_none() || steps_.is_none() || token_ids_.is_none())) {
         throw bad_value("tensors", "None", "seeds, steps, token_ids");
@@ -65,6 +67,6 @@ void sample_rows(py::handle logits_, py::handle temperature_, py::handle top_k_,
 
 void register_sampling(py::module_& m) {
     m.def("sample", &sample_rows, py::arg("logits"), py::arg("temperature"), py::arg("top_k"),
-          py::arg("top_p"), py::arg("min_p"), py::arg("seeds"), py::arg("steps"), py::arg("banned"),
+          py::arg("top_p"), py::arg("min_p"), py::arg("seeds"), py::arg("steps"), py::arg("allowed"),
           py::arg("given"), py::arg("token_ids"), py::arg("values"), py::arg("stream") = 0);
 }

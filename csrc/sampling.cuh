@@ -47,22 +47,22 @@ struct SampleRow {
 
     using Scratch = RadixScratch;
 
-    // A row's logits, temperature and bans.
-    template <bool kBans>
+    // A row's logits, temperature and the bits of its allowed ids.
+    template <bool kMasked>
     struct Row {
         const T* logits;
-        const std::uint8_t* banned;
+        const std::uint32_t* words;
         float divisor;
         std::int64_t vocab;
 
         FOVEATE_FN float scaled(float logit) const { return logit / divisor; }
         FOVEATE_FN float at(std::int64_t i) const { return scaled(to_float(logits[i])); }
-        FOVEATE_FN bool is_banned(std::int64_t i) const {
-            if constexpr (kBans) return banned[i] != 0;
-            return false;
+        FOVEATE_FN bool allows(std::int32_t i) const {
+            if constexpr (kMasked) return (words[i >> 5] >> (i & 31) & 1u) != 0;
+            return true;
         }
-        // -inf for an id that is banned.
-        FOVEATE_FN float allowed(std::int64_t i) const { return is_banned(i) ? -kInfinity : at(i); }
+        // -inf for an id that is not allowed.
+        FOVEATE_FN float allowed(std::int32_t i) const { return allows(i) ? at(i) : -kInfinity; }
     };
 
     SampleArguments a;
@@ -71,26 +71,23 @@ struct SampleRow {
     FOVEATE_FN void operator()(Block& block, std::int64_t r) const {
         const T* logits = static_cast<const T*>(a.logits) + r * a.logits_stride;
         const float divisor = a.temperature[r] == 0.0f ? 1.0f : a.temperature[r];
-        if (a.banned) {
-            run(block, Row<true>{logits, a.banned + r * a.banned_stride, divisor, a.vocab}, r);
+        if (a.allowed) {
+            run(block, Row<true>{logits, a.allowed + r * a.allowed_stride, divisor, a.vocab}, r);
         } else {
             run(block, Row<false>{logits, nullptr, divisor, a.vocab}, r);
         }
     }
 
   private:
-    template <class Block, bool kBans>
-    FOVEATE_FN void run(Block& block, const Row<kBans>& row, std::int64_t r) const {
+    template <class Block, bool kMasked>
+    FOVEATE_FN void run(Block& block, const Row<kMasked>& row, std::int64_t r) const {
         const float temperature = a.temperature[r];
         const auto scale = [row](float logit) { return row.scaled(logit); };
         const float peak = block.template reduce<float>(a.vocab, Max{}, scale, row.logits);
         if (!(fabsf(peak) < kInfinity)) return refuse(block, r);
         float allowed_peak = peak;
-        if constexpr (kBans) {
-            const auto allowed = [row](float logit, float ban) {
-                return ban != 0.0f ? -kInfinity : row.scaled(logit);
-            };
-            allowed_peak = block.template reduce<float>(a.vocab, Max{}, allowed, row.logits, row.banned);
+        if constexpr (kMasked) {
+            allowed_peak = value_of(static_cast<std::uint32_t>(best_allowed(block, row) >> 32));
             if (allowed_peak == -kInfinity) return refuse(block, r);
         }
         const auto moments = [row, peak](float logit) {
@@ -105,7 +102,7 @@ struct SampleRow {
         bool filtered = false;
         if (temperature > 0.0f) filtered = find_cut(block, row, r, allowed_peak, &cut);
         const float log_kept =
-            filtered || kBans ? kept_mass(block, row, cut, peak, allowed_peak, total) : 0.0f;
+            filtered || kMasked ? kept_mass(block, row, cut, peak, allowed_peak, total) : 0.0f;
         const std::int64_t id = a.given ? a.given[r] : draw(block, row, r, cut, temperature, allowed_peak);
         block.once([&] {
             if (!a.given) a.token_ids[r] = id;
@@ -123,9 +120,34 @@ struct SampleRow {
         });
     }
 
+    // The key of a score or logit, then the complement of its id: larger is better, the lowest id of equals.
+    FOVEATE_FN static std::uint64_t packed(float score, std::int32_t i) {
+        return std::uint64_t{key_of(score)} << 32 | static_cast<std::uint32_t>(~i);
+    }
+
+    FOVEATE_FN static std::int32_t id_in(std::uint64_t best) { return ~static_cast<std::int32_t>(best); }
+
+    // The largest z of the allowed ids.
+    template <class Block, bool kMasked>
+    FOVEATE_FN std::uint64_t best_allowed(Block& block, const Row<kMasked>& row) const {
+        std::uint64_t best = 0;
+        block.chunks(row.vocab, [&](std::int64_t start, int count) {
+            best = Larger{}(best, best_of(row, static_cast<std::int32_t>(start), count));
+        });
+        return block.combine(best, Larger{});
+    }
+
+    template <bool kMasked>
+    FOVEATE_NOINLINE static std::uint64_t best_of(const Row<kMasked>& row, std::int32_t first, int count) {
+        const Row<kMasked> r = row;
+        std::uint64_t best = 0;
+        for (std::int32_t i = first; i < first + count; ++i) best = Larger{}(best, packed(r.allowed(i), i));
+        return best;
+    }
+
     // Whether any filter is on; *cut is what it leaves.
-    template <class Block, bool kBans>
-    FOVEATE_FN bool find_cut(Block& block, const Row<kBans>& row, std::int64_t r, float peak,
+    template <class Block, bool kMasked>
+    FOVEATE_FN bool find_cut(Block& block, const Row<kMasked>& row, std::int64_t r, float peak,
                              Cut* cut) const {
         const std::int64_t top_k = a.top_k ? a.top_k[r] : 0;
         const float top_p = a.top_p ? a.top_p[r] : 1.0f, min_p = a.min_p ? a.min_p[r] : 0.0f;
@@ -147,8 +169,8 @@ struct SampleRow {
     }
 
     // Top-p over what top-k left: the shortest prefix whose weight reaches the share.
-    template <class Block, bool kBans, class Weight>
-    FOVEATE_FN void narrow(Block& block, const Row<kBans>& row, float top_p, std::uint64_t ties_kept,
+    template <class Block, bool kMasked, class Weight>
+    FOVEATE_FN void narrow(Block& block, const Row<kMasked>& row, float top_p, std::uint64_t ties_kept,
                            Weight weight, Cut* cut) const {
         const std::uint32_t limit = cut->key;
         const std::uint64_t tie_weight = ties_kept ? weight(value_of(limit)) : 0;
@@ -174,8 +196,8 @@ struct SampleRow {
 
     // The largest key such that the allowed ids with keys of at least it, but above `limit`, weigh what is
     // needed: wanted(weight of all that are above `limit`).
-    template <class Block, bool kBans, class Wanted, class Weight>
-    FOVEATE_FN Selected select(Block& block, const Row<kBans>& row, std::uint32_t limit, Wanted wanted,
+    template <class Block, bool kMasked, class Wanted, class Weight>
+    FOVEATE_FN Selected select(Block& block, const Row<kMasked>& row, std::uint32_t limit, Wanted wanted,
                                Weight weight) const {
         const auto tally = [&](std::uint32_t prefix, std::uint32_t mask, auto add) {
             block.chunks(row.vocab, [&](std::int64_t start, int count) {
@@ -194,12 +216,12 @@ struct SampleRow {
     }
 
     // Which ids of a chunk have a key above the limit that begins with the prefix; whether any.
-    template <int kChunk, bool kBans>
-    FOVEATE_NOINLINE static bool matching(const Row<kBans>& row, std::uint32_t limit, std::uint32_t prefix,
+    template <int kChunk, bool kMasked>
+    FOVEATE_NOINLINE static bool matching(const Row<kMasked>& row, std::uint32_t limit, std::uint32_t prefix,
                                           std::uint32_t mask, std::int32_t first, int count,
                                           float (&z)[kChunk], std::uint32_t (&keys)[kChunk],
                                           std::int32_t (&inside)[kChunk]) {
-        const Row<kBans> r = row;
+        const Row<kMasked> r = row;
         std::int32_t any = 0;
         FOVEATE_SIMD_OR(any)
         for (int j = 0; j < count; ++j) {
@@ -213,8 +235,8 @@ struct SampleRow {
     }
 
     // The id of the n-th allowed one with this key, of which there are `count`.
-    template <class Block, bool kBans>
-    FOVEATE_FN std::int32_t last_of(Block& block, const Row<kBans>& row, std::uint32_t key, std::uint64_t n,
+    template <class Block, bool kMasked>
+    FOVEATE_FN std::int32_t last_of(Block& block, const Row<kMasked>& row, std::uint32_t key, std::uint64_t n,
                                     std::uint64_t count) const {
         if (n >= count) return static_cast<std::int32_t>(row.vocab);
         Scratch& memory = block.template scratch<Scratch>();
@@ -236,12 +258,12 @@ struct SampleRow {
 
     // log of the share of the softmax that is kept; 0 if and only if no id of non-zero probability is lost.
     // The smaller of the two masses counts, so that neither a tiny loss nor a tiny remainder is.
-    template <class Block, bool kBans>
-    FOVEATE_FN float kept_mass(Block& block, const Row<kBans>& row, const Cut& cut, float peak,
+    template <class Block, bool kMasked>
+    FOVEATE_FN float kept_mass(Block& block, const Row<kMasked>& row, const Cut& cut, float peak,
                                float allowed_peak, float total) const {
         const auto parts = [&](std::int32_t i) {
             const float z = row.at(i);
-            const bool kept = !row.is_banned(i) & keeps(cut, z, i);
+            const bool kept = row.allows(i) & keeps(cut, z, i);
             const float weight = exp_float(z - (kept ? allowed_peak : peak));
             return Values<3>{
                 {kept ? 0.0f : weight, kept ? weight : 0.0f, !kept && z > -kInfinity ? 1.0f : 0.0f}};
@@ -255,34 +277,27 @@ struct SampleRow {
 
     // The largest score z + noise among what is kept, or the largest z at temperature 0; the lowest id of
     // equals.
-    template <class Block, bool kBans>
-    FOVEATE_FN std::int64_t draw(Block& block, const Row<kBans>& row, std::int64_t r, const Cut& cut,
+    template <class Block, bool kMasked>
+    FOVEATE_FN std::int64_t draw(Block& block, const Row<kMasked>& row, std::int64_t r, const Cut& cut,
                                  float temperature, float peak) const {
-        std::uint64_t best = 0;  // key of the score, then the complement of the id
-        const auto offer = [&best](float score, std::int32_t i) {
-            const std::uint64_t packed = std::uint64_t{key_of(score)} << 32 | static_cast<std::uint32_t>(~i);
-            const bool better = packed > best;
-            if (better) best = packed;
+        if (temperature == 0.0f) return id_in(best_allowed(block, row));
+        std::uint64_t best = 0;
+        race(block, row, r, cut, peak, [&best](float score, std::int32_t i) {
+            const std::uint64_t offered = packed(score, i);
+            const bool better = offered > best;
+            if (better) best = offered;
             return better;
-        };
-        if (temperature == 0.0f) {
-            block.chunks(row.vocab, [&](std::int64_t start, int count) {
-                for (int j = 0; j < count; ++j)
-                    offer(row.allowed(start + j), static_cast<std::int32_t>(start) + j);
-            });
-        } else {
-            race(block, row, r, cut, peak, offer);
-        }
-        return static_cast<std::int32_t>(~static_cast<std::uint32_t>(block.combine(best, Larger{})));
+        });
+        return id_in(block.combine(best, Larger{}));
     }
 
     // Which ids of a chunk may beat the bar; whether any.
-    template <int kChunk, bool kBans>
-    FOVEATE_NOINLINE static bool candidates(const Row<kBans>& row, const Cut& cut, float peak, float bar,
+    template <int kChunk, bool kMasked>
+    FOVEATE_NOINLINE static bool candidates(const Row<kMasked>& row, const Cut& cut, float peak, float bar,
                                             std::int32_t first, int count,
                                             const std::uint32_t (&words)[kChunk],
                                             std::int32_t (&may_win)[kChunk]) {
-        const Row<kBans> r = row;
+        const Row<kMasked> r = row;
         const Cut c = cut;
         std::int32_t any = 0;
         FOVEATE_SIMD_OR(any)
@@ -296,8 +311,8 @@ struct SampleRow {
         return any != 0;
     }
 
-    template <class Block, bool kBans, class Offer>
-    FOVEATE_FN void race(Block& block, const Row<kBans>& row, std::int64_t r, const Cut& cut, float peak,
+    template <class Block, bool kMasked, class Offer>
+    FOVEATE_FN void race(Block& block, const Row<kMasked>& row, std::int64_t r, const Cut& cut, float peak,
                          Offer offer) const {
         constexpr int kChunk = Block::chunk;
         const auto step = static_cast<std::uint32_t>(a.steps[r]);

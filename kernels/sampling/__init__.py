@@ -123,12 +123,11 @@ def sample_from_hidden(
     chosen = choose("sampling", backend, hidden.device, hidden.dtype)
     if chosen == "triton":
         frame = torch.empty((), device=hidden.device).expand(len(hidden), len(lm_head))
-        parameters = _parameters(frame, temperature, top_k, top_p, min_p, None, None)
+        parameters = _parameters(frame, temperature, top_k, top_p, min_p, banned, allowed)
         if not parameters.filtered:
             seeds, steps = _noise(seeds, steps, frame)
-            words = _words(frame, banned, allowed)
             tempered = not isinstance(temperature, (int, float)) or temperature not in (0, 1)
-            return _fused(hidden, lm_head, bias, parameters.temperature, seeds, steps, words, tempered)
+            return _fused(hidden, lm_head, bias, parameters, seeds, steps, tempered)
     logits = linear(hidden.float(), lm_head.float(), None if bias is None else bias.float())
     return sample(
         logits,
@@ -188,10 +187,10 @@ def _drawing(backend: str | None, device: torch.device) -> str:
     return chosen
 
 
-def _fused(hidden, lm_head, bias, temperature, seeds, steps, words, tempered: bool) -> SampleOutput:
+def _fused(hidden, lm_head, bias, p: reference.Parameters, seeds, steps, tempered: bool) -> SampleOutput:
     require(lm_head.dtype == hidden.dtype, f"{hidden.dtype} as hidden", _kind(lm_head), "lm_head")
     hidden, lm_head = _rows(hidden), _rows(lm_head)
-    ids, values = operators.sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, words, tempered)
+    ids, values = operators.sample_from_hidden(hidden, lm_head, bias, p.temperature, seeds, steps, p.allowed, tempered)
     return SampleOutput(ids, *values.unbind())
 
 
@@ -237,9 +236,9 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _tensors(p: reference.Parameters) -> tuple[torch.Tensor | None, ...]:
-    """temperature, top_k, top_p, min_p (None where no row filters), banned: as the operators take them."""
+    """temperature, top_k, top_p, min_p (None where no row filters), allowed: as the operators take them."""
     filters = (p.top_k, p.top_p, p.min_p) if p.filtered else (None, None, None)
-    return p.temperature, *filters, p.banned
+    return p.temperature, *filters, p.allowed
 
 
 def _parameters(
@@ -269,13 +268,9 @@ def _parameters(
     require(bool(ok.all()), "0 < top_p <= 1", p[~ok].tolist(), "top_p")
     ok = (m >= 0) & (m <= 1)
     require(bool(ok.all()), "0 <= min_p <= 1", m[~ok].tolist(), "min_p")
-    _check_masks(logits, banned, allowed)
-    if allowed is not None:
-        others = ~masks.unpack(allowed, vocab)
-        banned = others if banned is None else banned | others
     filtered = bool(((t > 0) & ((k > 0) | (p < 1) | (m > 0))).any())
     t, k, p, m = (values.to(logits.device, non_blocking=True) for values in (t, k, p, m))
-    return reference.Parameters(t, k, p, m, banned, filtered)
+    return reference.Parameters(t, k, p, m, _words(logits, banned, allowed), filtered)
 
 
 def _row_values(value: RowValue, logits: torch.Tensor, dtype: torch.dtype, argument: str) -> torch.Tensor:

@@ -8,28 +8,26 @@ from foveate import _C
 from foveate.kernels.dispatch import stream_of
 from foveate.kernels.library import operator
 
-_PARAMETERS = "Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? banned, str backend"
+_PARAMETERS = "Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? allowed, str backend"
 
 
-def _sample(logits, seeds, steps, temperature, top_k, top_p, min_p, banned, backend: str):
-    ids, values = _fake_sample(logits, seeds, steps, temperature, top_k, top_p, min_p, banned, backend)
-    bans = _rows_of(banned)
-    _C.sample(logits, temperature, top_k, top_p, min_p, seeds, steps, bans, None, ids, values, stream_of(logits))
+def _sample(logits, seeds, steps, temperature, top_k, top_p, min_p, allowed, backend: str):
+    ids, values = _fake_sample(logits, seeds, steps, temperature, top_k, top_p, min_p, allowed, backend)
+    _C.sample(logits, temperature, top_k, top_p, min_p, seeds, steps, allowed, None, ids, values, stream_of(logits))
     return ids, values
 
 
-def _fake_sample(logits, seeds, steps, temperature, top_k, top_p, min_p, banned, backend: str):
+def _fake_sample(logits, seeds, steps, temperature, top_k, top_p, min_p, allowed, backend: str):
     return torch.empty_like(seeds), logits.new_empty((3, len(logits)), dtype=torch.float32)
 
 
-def _score(logits, token_ids, temperature, top_k, top_p, min_p, banned, backend: str) -> torch.Tensor:
-    values = _fake_score(logits, token_ids, temperature, top_k, top_p, min_p, banned, backend)
-    bans = _rows_of(banned)
-    _C.sample(logits, temperature, top_k, top_p, min_p, None, None, bans, token_ids, None, values, stream_of(logits))
+def _score(logits, token_ids, temperature, top_k, top_p, min_p, allowed, backend: str) -> torch.Tensor:
+    values = _fake_score(logits, token_ids, temperature, top_k, top_p, min_p, allowed, backend)
+    _C.sample(logits, temperature, top_k, top_p, min_p, None, None, allowed, token_ids, None, values, stream_of(logits))
     return values
 
 
-def _fake_score(logits, token_ids, temperature, top_k, top_p, min_p, banned, backend: str) -> torch.Tensor:
+def _fake_score(logits, token_ids, temperature, top_k, top_p, min_p, allowed, backend: str) -> torch.Tensor:
     return logits.new_empty((3, len(logits)), dtype=torch.float32)
 
 
@@ -45,18 +43,14 @@ def _fake_sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, a
     return torch.empty_like(seeds), hidden.new_empty((3, len(hidden)), dtype=torch.float32)
 
 
-def _rows_of(banned: torch.Tensor | None) -> torch.Tensor | None:
-    """bool [1, V] or [N, V]."""
-    return banned if banned is None else banned.reshape(-1, banned.shape[-1]).contiguous()
-
-
+# allowed: int32 [1 or N, ceil(V / 32)], bits of the ids that may be drawn.
 # -> token ids int64 [N]; logprobs, log_kept, entropy as float32 [3, N].
 sample = operator(
     f"sample(Tensor logits, Tensor seeds, Tensor steps, {_PARAMETERS}) -> (Tensor, Tensor)", _sample, _fake_sample
 )
 # -> float32 [3, N] of the tokens given.
 score = operator(f"score_tokens(Tensor logits, Tensor token_ids, {_PARAMETERS}) -> Tensor", _score, _fake_score)
-# hidden [N, D], lm_head [V, D], allowed int32 [1 or N, ceil(V / 32)]; tempered: False if all temperatures are 0 or 1.
+# hidden [N, D], lm_head [V, D]; tempered: False if all temperatures are 0 or 1.
 sample_from_hidden = operator(
     "sample_from_hidden(Tensor hidden, Tensor lm_head, Tensor? bias, Tensor temperature, Tensor seeds, Tensor steps,"
     " Tensor? allowed, bool tempered) -> (Tensor, Tensor)",

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from foveate.kernels.sampling import philox
+from foveate.kernels.sampling import masks, philox
 
 # log_kept of a set that lost ids, but none whose probability shows in fp32: minus the smallest normal number.
 LOST_NOTHING_VISIBLE = -torch.finfo(torch.float32).tiny
@@ -34,20 +34,26 @@ _RACE_RATIO = 24.0  # the 22.9 above and what fp32 rounding of p / r can add
 class Parameters(NamedTuple):
     """Per-row parameters, checked: temperature, top_p, min_p float32 [N]; top_k, seeds, steps int64 [N].
 
-    banned: bool [V], bool [N, V] or None, True = never drawn. filtered: whether any row uses a filter.
+    allowed: int32 [1, W] or [N, W] or None, bits of the ids that may be drawn (`masks.pack`). filtered: whether any row
+    uses a filter. banned: bool [V] or [N, V], the other ids, where `rows` has unpacked them.
     """
 
     temperature: torch.Tensor
     top_k: torch.Tensor
     top_p: torch.Tensor
     min_p: torch.Tensor
-    banned: torch.Tensor | None
+    allowed: torch.Tensor | None
     filtered: bool
+    banned: torch.Tensor | None = None
 
-    def rows(self, index: slice) -> Parameters:
-        banned = self.banned if self.banned is None or self.banned.dim() == 1 else self.banned[index]
+    def rows(self, index: slice, vocab: int) -> Parameters:
+        allowed = banned = None
+        if self.allowed is not None:
+            allowed = self.allowed if len(self.allowed) == 1 else self.allowed[index]
+            banned = ~masks.unpack(allowed, vocab)
+            banned = banned[0] if len(self.allowed) == 1 else banned
         temperature, top_k, top_p, min_p = (v[index] for v in (self.temperature, self.top_k, self.top_p, self.min_p))
-        return Parameters(temperature, top_k, top_p, min_p, banned, self.filtered)
+        return Parameters(temperature, top_k, top_p, min_p, allowed, self.filtered, banned)
 
 
 class Distribution(NamedTuple):
@@ -76,7 +82,7 @@ def sample(
     """Token ids int64 [N] and their logprobs, log_kept, entropy float32 [N]; the contract is `sampling.sample`."""
     blocks = []
     for rows in _row_blocks(logits):
-        p = parameters.rows(rows)
+        p = parameters.rows(rows, logits.shape[1])
         dist = _distribution(logits[rows], p)
         ids = _draw(dist, p, seeds[rows], steps[rows])
         blocks.append((ids, *_values(dist, ids)))
@@ -90,7 +96,8 @@ def score(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """logprobs, log_kept, entropy float32 [N] of given tokens, by the code that samples them."""
     blocks = [
-        _values(_distribution(logits[rows], parameters.rows(rows)), token_ids[rows]) for rows in _row_blocks(logits)
+        _values(_distribution(logits[rows], parameters.rows(rows, logits.shape[1])), token_ids[rows])
+        for rows in _row_blocks(logits)
     ]
     logprobs, log_kept, entropy = (torch.cat(column) for column in zip(*blocks, strict=True))
     return logprobs, log_kept, entropy

@@ -115,7 +115,14 @@ def test_a_row_gives_the_same_bits_alone_and_in_any_batch(backend):
 
 def test_operators_are_registered():
     logits, rows = torch.randn(2, 7), torch.arange(2)
-    given = (torch.ones(2), rows, torch.full((2,), 0.9), torch.zeros(2), torch.zeros(7, dtype=torch.bool), "cpp")
+    given = (
+        torch.ones(2),
+        rows,
+        torch.full((2,), 0.9),
+        torch.zeros(2),
+        torch.full((1, 1), 127, dtype=torch.int32),
+        "cpp",
+    )
     torch.library.opcheck(torch.ops.foveate.sample.default, (logits, rows, rows, *given))
     torch.library.opcheck(torch.ops.foveate.score_tokens.default, (logits, rows, *given))
 
@@ -123,8 +130,8 @@ def test_operators_are_registered():
 def test_what_does_not_fit_is_named():
     logits, rows = torch.randn(2, 7), torch.arange(2)
     parameters = (torch.ones(2), None, None, None)
-    with pytest.raises(ValueError, match=r"expected 1 or 2 rows, got 3 \(banned\)"):
-        torch.ops.foveate.sample(logits, rows, rows, *parameters, torch.zeros(3, 7, dtype=torch.bool), "cpp")
+    with pytest.raises(ValueError, match=r"expected \[1 or 2, 1\], got \[3, 1\] \(allowed\)"):
+        torch.ops.foveate.sample(logits, rows, rows, *parameters, torch.zeros(3, 1, dtype=torch.int32), "cpp")
     with pytest.raises(
         ValueError, match=r"expected \[N=2\] int64, contiguous, on cpu, got \[3\] int64 on cpu \(seeds\)"
     ):

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "common/block.h"
+#include "common/logit_row.h"
 #include "common/math.h"
 #include "common/philox.h"
 #include "common/radix.h"
@@ -39,31 +40,16 @@ struct Cut {
 
 template <class T, int kLanes>
 struct SampleRow {
-    static constexpr int lanes = kLanes;
-    static constexpr int kResidentThreads = 512;
-    static constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    static constexpr float kTiny = std::numeric_limits<float>::min(),
-                           kNaN = std::numeric_limits<float>::quiet_NaN();
+    static constexpr int lanes = kLanes, kResidentThreads = 512;
+    static constexpr float kInfinity = std::numeric_limits<float>::infinity(),
+                           kNaN = std::numeric_limits<float>::quiet_NaN(),
+                           kTiny = std::numeric_limits<float>::min(),
+                           kLowest = std::numeric_limits<float>::lowest();
 
     using Scratch = RadixScratch;
 
-    // A row's logits, temperature and the bits of its allowed ids.
     template <bool kMasked>
-    struct Row {
-        const T* logits;
-        const std::uint32_t* words;
-        float divisor;
-        std::int64_t vocab;
-
-        FOVEATE_FN float scaled(float logit) const { return logit / divisor; }
-        FOVEATE_FN float at(std::int64_t i) const { return scaled(to_float(logits[i])); }
-        FOVEATE_FN bool allows(std::int32_t i) const {
-            if constexpr (kMasked) return (words[i >> 5] >> (i & 31) & 1u) != 0;
-            return true;
-        }
-        // -inf for an id that is not allowed.
-        FOVEATE_FN float allowed(std::int32_t i) const { return allows(i) ? at(i) : -kInfinity; }
-    };
+    using Row = LogitRow<T, kMasked>;
 
     SampleArguments a;
 
@@ -86,9 +72,11 @@ struct SampleRow {
         const float peak = block.template reduce<float>(a.vocab, Max{}, scale, row.logits);
         if (!(fabsf(peak) < kInfinity)) return refuse(block, r);
         float allowed_peak = peak;
-        if constexpr (kMasked) {
-            allowed_peak = value_of(static_cast<std::uint32_t>(best_allowed(block, row) >> 32));
-            if (allowed_peak == -kInfinity) return refuse(block, r);
+        std::uint64_t best = 0;
+        if (kMasked || temperature == 0.0f) {
+            best = best_allowed(block, row);
+            if (best == 0) return refuse(block, r);
+            allowed_peak = value_of(static_cast<std::uint32_t>(best >> 32));
         }
         const auto moments = [row, peak](float logit) {
             const float centred = row.scaled(logit) - peak;
@@ -102,8 +90,9 @@ struct SampleRow {
         bool filtered = false;
         if (temperature > 0.0f) filtered = find_cut(block, row, r, allowed_peak, &cut);
         const float log_kept =
-            filtered || kMasked ? kept_mass(block, row, cut, peak, allowed_peak, total) : 0.0f;
-        const std::int64_t id = a.given ? a.given[r] : draw(block, row, r, cut, temperature, allowed_peak);
+            filtered || kMasked ? kept_mass(block, row, cut, filtered, peak, allowed_peak, total) : 0.0f;
+        if (!a.given && temperature > 0.0f) best = race(block, row, r, cut, allowed_peak);
+        const std::int64_t id = a.given ? a.given[r] : id_in(best);
         block.once([&] {
             if (!a.given) a.token_ids[r] = id;
             a.logprobs[r] = row.at(id) - peak - log_total;
@@ -127,22 +116,34 @@ struct SampleRow {
 
     FOVEATE_FN static std::int32_t id_in(std::uint64_t best) { return ~static_cast<std::int32_t>(best); }
 
-    // The largest z of the allowed ids.
+    // The largest z of the allowed ids, packed; 0 if there is none above -inf.
     template <class Block, bool kMasked>
     FOVEATE_FN std::uint64_t best_allowed(Block& block, const Row<kMasked>& row) const {
         std::uint64_t best = 0;
-        block.chunks(row.vocab, [&](std::int64_t start, int count) {
-            best = Larger{}(best, best_of(row, static_cast<std::int32_t>(start), count));
+        float bar = kLowest;
+        block.chunks(row.vocab, [&](std::int32_t first, int count) {
+            float z[Block::chunk];
+            if (!reaches<Block::chunk>(row, bar, first, count, z)) return;
+            for (int j = 0; j < Block::chunk; ++j) {
+                if (z[j] < bar) continue;
+                best = Larger{}(best, packed(z[j], first + j));
+                bar = z[j];
+            }
         });
         return block.combine(best, Larger{});
     }
 
-    template <bool kMasked>
-    FOVEATE_NOINLINE static std::uint64_t best_of(const Row<kMasked>& row, std::int32_t first, int count) {
+    // z of a chunk's allowed ids; whether any reaches the bar.
+    template <int kChunk, bool kMasked>
+    FOVEATE_NOINLINE static bool reaches(const Row<kMasked>& row, float bar, std::int32_t first, int count,
+                                         float (&z)[kChunk]) {
         const Row<kMasked> r = row;
-        std::uint64_t best = 0;
-        for (std::int32_t i = first; i < first + count; ++i) best = Larger{}(best, packed(r.allowed(i), i));
-        return best;
+        r.load(first, count, z);
+        r.close(first, count, z);
+        std::int32_t any = 0;
+        FOVEATE_SIMD_OR(any)
+        for (int j = 0; j < kChunk; ++j) any |= z[j] >= bar ? 1 : 0;
+        return any != 0;
     }
 
     // Whether any filter is on; *cut is what it leaves.
@@ -174,8 +175,7 @@ struct SampleRow {
                            Weight weight, Cut* cut) const {
         const std::uint32_t limit = cut->key;
         const std::uint64_t tie_weight = ties_kept ? weight(value_of(limit)) : 0;
-        const auto share =
-            static_cast<std::uint64_t>(static_cast<double>(top_p) * 16777216.0);  // floor(p 2^24)
+        const auto share = static_cast<std::uint64_t>(static_cast<double>(top_p) * 0x1p24);
         const auto wanted = [=](std::uint64_t above) {
             const std::uint64_t total = above + ties_kept * tie_weight;
             const std::uint64_t high = total >> 24, low = total & 0xFFFFFFu;
@@ -200,13 +200,12 @@ struct SampleRow {
     FOVEATE_FN Selected select(Block& block, const Row<kMasked>& row, std::uint32_t limit, Wanted wanted,
                                Weight weight) const {
         const auto tally = [&](std::uint32_t prefix, std::uint32_t mask, auto add) {
-            block.chunks(row.vocab, [&](std::int64_t start, int count) {
+            block.chunks(row.vocab, [&](std::int32_t first, int count) {
                 float z[Block::chunk];
                 std::uint32_t keys[Block::chunk];
                 std::int32_t inside[Block::chunk];
-                const auto first = static_cast<std::int32_t>(start);
                 if (!matching<Block::chunk>(row, limit, prefix, mask, first, count, z, keys, inside)) return;
-                for (int j = 0; j < count; ++j) {
+                for (int j = 0; j < Block::chunk; ++j) {
                     const unsigned long long w = inside[j] ? weight(z[j]) : 0;
                     if (w) add(keys[j], w);
                 }
@@ -222,10 +221,11 @@ struct SampleRow {
                                           float (&z)[kChunk], std::uint32_t (&keys)[kChunk],
                                           std::int32_t (&inside)[kChunk]) {
         const Row<kMasked> r = row;
+        r.load(first, count, z);
+        r.close(first, count, z);
         std::int32_t any = 0;
         FOVEATE_SIMD_OR(any)
-        for (int j = 0; j < count; ++j) {
-            z[j] = r.allowed(first + j);
+        for (int j = 0; j < kChunk; ++j) {
             keys[j] = key_of(z[j]);
             inside[j] =
                 ((keys[j] > limit) & (((keys[j] ^ prefix) & mask) == 0) & (z[j] > -kInfinity)) ? 1 : 0;
@@ -257,38 +257,60 @@ struct SampleRow {
     }
 
     // log of the share of the softmax that is kept; 0 if and only if no id of non-zero probability is lost.
-    // The smaller of the two masses counts, so that neither a tiny loss nor a tiny remainder is.
+    // The smaller of the two masses counts, so that neither a tiny loss nor a tiny remainder is. Filters
+    // often keep little, bans alone seldom lose much: that mass is added up first.
     template <class Block, bool kMasked>
-    FOVEATE_FN float kept_mass(Block& block, const Row<kMasked>& row, const Cut& cut, float peak,
-                               float allowed_peak, float total) const {
-        const auto parts = [&](std::int32_t i) {
-            const float z = row.at(i);
-            const bool kept = row.allows(i) & keeps(cut, z, i);
-            const float weight = exp_float(z - (kept ? allowed_peak : peak));
-            return Values<3>{
-                {kept ? 0.0f : weight, kept ? weight : 0.0f, !kept && z > -kInfinity ? 1.0f : 0.0f}};
-        };
-        const Values<3> sums = block.template indexed_sums<3>(row.vocab, parts);
-        const float share = sums.at[0] / total;
-        if (share > 0.5f) return allowed_peak - peak + (logf(sums.at[1]) - logf(total));
-        if (share >= kTiny) return log1pf(-share);
-        return sums.at[2] > 0.0f ? -kTiny : 0.0f;
+    FOVEATE_FN float kept_mass(Block& block, const Row<kMasked>& row, const Cut& cut, bool filtered,
+                               float peak, float allowed_peak, float total) const {
+        float log_kept = 0.0f;
+        for (int turn = 0; turn < 2; ++turn) {
+            const bool kept = filtered == (turn == 0);
+            const Values<2> sums = mass(block, row, cut, kept, kept ? allowed_peak : peak);
+            const float share = sums.at[0] / total;
+            if (kept) {
+                log_kept = allowed_peak - peak + (logf(sums.at[0]) - logf(total));
+                if (log_kept < -0.7f) break;
+            } else if (share <= 0.5f) {
+                return share >= kTiny ? log1pf(-share) : sums.at[1] > 0.0f ? -kTiny : 0.0f;
+            }
+        }
+        return log_kept;
     }
 
-    // The largest score z + noise among what is kept, or the largest z at temperature 0; the lowest id of
-    // equals.
+    // Of what is kept, or of what is lost: the sum of e^(z - base), and whether there is any, as a count.
     template <class Block, bool kMasked>
-    FOVEATE_FN std::int64_t draw(Block& block, const Row<kMasked>& row, std::int64_t r, const Cut& cut,
-                                 float temperature, float peak) const {
-        if (temperature == 0.0f) return id_in(best_allowed(block, row));
-        std::uint64_t best = 0;
-        race(block, row, r, cut, peak, [&best](float score, std::int32_t i) {
-            const std::uint64_t offered = packed(score, i);
-            const bool better = offered > best;
-            if (better) best = offered;
-            return better;
-        });
-        return id_in(block.combine(best, Larger{}));
+    FOVEATE_FN Values<2> mass(Block& block, const Row<kMasked>& row, const Cut& cut, bool kept,
+                              float base) const {
+        constexpr int kChunk = Block::chunk;
+        const auto parts_of = [&](std::int32_t first, int count, float (&parts)[2][kChunk]) {
+            return weigh<kChunk>(row, cut, kept, base, first, count, parts);
+        };
+        return block.template chunk_sums<2>(row.vocab, parts_of);
+    }
+
+    template <int kChunk, bool kMasked>
+    FOVEATE_NOINLINE static bool weigh(const Row<kMasked>& row, const Cut& cut, bool kept, float base,
+                                       std::int32_t first, int count, float (&parts)[2][kChunk]) {
+        const Row<kMasked> r = row;
+        const Cut c = cut;
+        float z[kChunk], allowed[kChunk];
+        r.load(first, count, z);
+        for (int j = 0; j < kChunk; ++j) allowed[j] = z[j];
+        r.close(first, count, allowed);
+        std::int32_t any = 0;
+        FOVEATE_SIMD_OR(any)
+        for (int j = 0; j < kChunk; ++j) {
+            const bool counts = (keeps(c, allowed[j], first + j) == kept) & (z[j] > -kInfinity);
+            z[j] = counts ? z[j] - base : -kInfinity;
+            any |= counts ? 1 : 0;
+        }
+        if (!any) return false;
+        FOVEATE_SIMD
+        for (int j = 0; j < kChunk; ++j) {
+            parts[0][j] = exp_float(z[j]);
+            parts[1][j] = z[j] > -kInfinity ? 1.0f : 0.0f;
+        }
+        return true;
     }
 
     // Which ids of a chunk may beat the bar; whether any.
@@ -299,40 +321,47 @@ struct SampleRow {
                                             std::int32_t (&may_win)[kChunk]) {
         const Row<kMasked> r = row;
         const Cut c = cut;
+        float z[kChunk];
+        r.load(first, count, z);
+        r.close(first, count, z);
         std::int32_t any = 0;
         FOVEATE_SIMD_OR(any)
-        for (int j = 0; j < count; ++j) {
-            const float z = r.allowed(first + j), p = exp_float(z - peak);
+        for (int j = 0; j < kChunk; ++j) {
+            const float p = exp_float(z[j] - peak);
             // 1 - u, not rounded up: a bound may only be too kind.
             const float complement = static_cast<float>(static_cast<std::int32_t>(~words[j] >> 1)) * 0x1p-31f;
-            may_win[j] = (keeps(c, z, first + j) & (p > 0.0f) & (p >= complement * bar)) ? 1 : 0;
+            may_win[j] = (keeps(c, z[j], first + j) & (p > 0.0f) & (p >= complement * bar)) ? 1 : 0;
             any |= may_win[j];
         }
         return any != 0;
     }
 
-    template <class Block, bool kMasked, class Offer>
-    FOVEATE_FN void race(Block& block, const Row<kMasked>& row, std::int64_t r, const Cut& cut, float peak,
-                         Offer offer) const {
+    // The largest score z + noise among what is kept, packed: the lowest id of equals.
+    template <class Block, bool kMasked>
+    FOVEATE_FN std::uint64_t race(Block& block, const Row<kMasked>& row, std::int64_t r, const Cut& cut,
+                                  float peak) const {
         constexpr int kChunk = Block::chunk;
         const auto step = static_cast<std::uint32_t>(a.steps[r]);
         const auto seed = static_cast<std::uint64_t>(a.seeds[r]);
         // Scores are rounded at their own magnitude, which can exceed that of the noise by far.
         const float slack = (fabsf(peak) + 64.0f) * 0x1p-21f;
-        float bar =
-            0.0f;  // e^(best score - peak - slack): an id of probability p can win if p / (1 - u) reaches it
-        block.chunks(row.vocab, [&](std::int64_t start, int count) {
+        std::uint64_t best = 0;
+        float bar = 0.0f;  // e^(best score - peak - slack): p / (1 - u) of an id that can win reaches it
+        block.chunks(row.vocab, [&](std::int32_t first, int count) {
             std::uint32_t words[kChunk];
-            philox_run<kChunk / 4>(static_cast<std::uint32_t>(start / 4), step, seed, words);
-            const auto first = static_cast<std::int32_t>(start);
+            philox_run<kChunk / 4>(static_cast<std::uint32_t>(first / 4), step, seed, words);
             std::int32_t may_win[kChunk];
             if (!candidates<kChunk>(row, cut, peak, bar, first, count, words, may_win)) return;
-            for (int j = 0; j < count; ++j) {
+            for (int j = 0; j < kChunk; ++j) {
                 if (!may_win[j]) continue;
                 const float score = row.at(first + j) + gumbel(words[j]);
-                if (offer(score, first + j)) bar = exp_float(score - peak - slack);
+                const std::uint64_t offered = packed(score, first + j);
+                if (offered <= best) continue;
+                best = offered;
+                bar = exp_float(score - peak - slack);
             }
         });
+        return block.combine(best, Larger{});
     }
 };
 

@@ -8,7 +8,8 @@
 //   map<T>(n, out, f, in...)          out[i] = f(in[i]...), in float, loaded and stored 16 bytes at a time
 //   reduce<T>(n, op, f, in...)        op over f(in[i]...); every lane gets the result
 //   sums<T, K>(n, f, in...)           K sums at once: f(in[i]...) gives Values<K>, each added up as by reduce
-//   indexed_sums<K>(n, f)             the same of f(i), for n < 2^31, with V = 4
+//   chunk_sums<K>(n, f)               the same with V = 4 of what f(start, count, parts) writes into float
+//                                     parts[K][chunk] for each run of `chunks`, 0 beyond its end; false: all is 0
 //   exclusive_scan<I>(n, get, put)    put(i, get(0) + ... + get(i - 1)) in the integer type I; returns the sum
 //   for_each(n, f)                    f(i), i < n, in any order
 //   chunks(n, f)                      f(start, count) for runs of at most `chunk` neighbours, in any order
@@ -108,17 +109,18 @@ class HostBlock {
     }
 
     template <int K, class F>
-    FOVEATE_FN Values<K> indexed_sums(std::int64_t n, F f) const {
+    FOVEATE_FN Values<K> chunk_sums(std::int64_t n, F f) const {
         constexpr int kVec = 4, kAll = kLanes * kVec;
-        const int end = static_cast<int>(n);
+        static_assert(kAll % chunk == 0, "a run never wraps around the accumulators");
         float accumulators[K][kAll] = {};
-        for (int start = 0; start < end; start += kAll) {
-            const int count = end - start < kAll ? end - start : kAll;
-            for (int j = 0; j < count; ++j) {
-                const Values<K> values = f(start + j);
-                for (int k = 0; k < K; ++k) accumulators[k][j] += values.at[k];
+        chunks(n, [&](std::int64_t start, int count) {
+            float parts[K][chunk];
+            if (!f(start, count, parts)) return;
+            const int first = static_cast<int>(start % kAll);
+            for (int k = 0; k < K; ++k) {
+                for (int j = 0; j < chunk; ++j) accumulators[k][first + j] += parts[k][j];
             }
-        }
+        });
         Values<K> result;
         for (int k = 0; k < K; ++k) {
             result.at[k] = total(accumulators[k], Sum{}, std::integral_constant<int, kVec>{});

@@ -79,19 +79,18 @@ class DeviceBlock {
     }
 
     template <int K, class F>
-    __device__ Values<K> indexed_sums(std::int64_t n, F f) {
-        constexpr int kVec = 4;
-        const int end = static_cast<int>(n);
-        float accumulators[K][kVec] = {};
-        for (int i = lane_ * kVec; i < end; i += kLanes * kVec) {
+    __device__ Values<K> chunk_sums(std::int64_t n, F f) {
+        static_assert(chunk == 4, "a run is what a lane adds up side by side");
+        float accumulators[K][chunk] = {};
+        chunks(n, [&](std::int64_t start, int count) {
+            float parts[K][chunk];
+            if (!f(start, count, parts)) return;
 #pragma unroll
-            for (int v = 0; v < kVec; ++v) {
-                if (i + v >= end) continue;
-                const Values<K> values = f(i + v);
+            for (int j = 0; j < chunk; ++j) {
 #pragma unroll
-                for (int k = 0; k < K; ++k) accumulators[k][v] += values.at[k];
+                for (int k = 0; k < K; ++k) accumulators[k][j] += parts[k][j];
             }
-        }
+        });
         return totals(accumulators);
     }
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 import torch
 
-from foveate.kernels.sampling import request_seed, sample_seed
+from foveate.kernels.sampling import masks, request_seed, sample_seed
 from foveate.rollout.config import EngineConfig, SamplingParams, cut, require, shown
 from foveate.rollout.models.spec import ModelSpec
 from foveate.rollout.processor import Prompt, PromptProcessor
@@ -34,11 +35,12 @@ class Intake:
         prune = config.prune.method if config.prune else None
         require(prune is None or spec.vision is not None, "no pruning for a text model", prune, "prune")
         self.eos_ids = _eos_ids(spec.model, spec.vocab_size)
-        self.banned = torch.zeros(spec.vocab_size, dtype=torch.bool, device=spec.lm_head.weight.device)
-        if config.ban_vision_tokens:
-            self.banned[list(spec.vision.pad_ids if spec.vision else ())] = True
-            if processor.tokenizer is not None:
-                self.banned[len(processor.tokenizer) :] = True
+        banned = set(spec.vision.pad_ids) if spec.vision and config.ban_vision_tokens else set()
+        if config.ban_vision_tokens and processor.tokenizer is not None:
+            banned |= {*range(len(processor.tokenizer), spec.vocab_size)}
+        self.everything = self._bits(range(spec.vocab_size))
+        # One tensor for all requests without bans of their own, so that a batch of them shares one row.
+        self.allowed = self.everything & ~self._bits(banned) if banned else None
 
     def admit(self, request: Request, request_id: str) -> Group:
         """A group without seeds yet."""
@@ -51,17 +53,17 @@ class Intake:
         prompt = self._prepare(request)
         prompt = prompt if config is None else pruned(prompt, config)
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
-        banned = self._banned(request)
-        early = self._banned_early(banned, stop_ids) if sampling.min_tokens else banned
+        allowed = self._allowed(sampling)
+        early = self._allowed_early(allowed, stop_ids) if sampling.min_tokens else allowed
         group = Group(
             request=request,
             request_id=request_id,
             prompt=prompt,
             max_tokens=self._max_tokens(request, request_id, len(prompt.token_ids)),
             stop_ids=stop_ids,
-            banned=banned,
-            banned_early=early,
-            spans=SpanMasks(sampling.tagged, banned, early) if sampling.tagged else None,
+            allowed=allowed,
+            allowed_early=early,
+            spans=self._spans(sampling, allowed, early),
         )
         for _ in range(request.n):
             decoder = TextDecoder(self.processor.tokenizer) if sampling.stop else None
@@ -114,25 +116,35 @@ class Intake:
             if special:
                 raise ValueError(f"expected stop_token_ids for the special tokens {special}, got {shown(text)} (stop)")
 
-    def _banned(self, request: Request) -> torch.Tensor:
-        sampling, banned = request.sampling, self.banned
-        if sampling.banned_token_ids:
-            banned = banned.clone()
-            banned[list(sampling.banned_token_ids)] = True
-        if sampling.allowed_token_ids is not None:
-            allowed = torch.zeros_like(banned)
-            allowed[list(sampling.allowed_token_ids)] = True
-            banned = banned | ~allowed
-        if banned is not self.banned and bool(banned.all()):
-            raise ValueError("expected at least one id that is allowed and not banned, got none (allowed_token_ids)")
-        return banned
+    def _bits(self, ids: Iterable[int]) -> torch.Tensor:
+        return masks.of_ids(ids, self.spec.vocab_size).to(self.spec.lm_head.weight.device)
 
-    def _banned_early(self, banned: torch.Tensor, stop_ids: frozenset[int]) -> torch.Tensor:
-        early = banned.clone()
-        early[list(stop_ids)] = True
-        if bool(early.all()):
+    def _allowed(self, sampling: SamplingParams) -> torch.Tensor | None:
+        if not sampling.banned_token_ids and sampling.allowed_token_ids is None:
+            return self.allowed
+        allowed = self.everything if self.allowed is None else self.allowed
+        if sampling.allowed_token_ids is not None:
+            allowed = allowed & self._bits(sampling.allowed_token_ids)
+        allowed = allowed & ~self._bits(sampling.banned_token_ids)
+        if not bool(allowed.any()):
+            raise ValueError("expected at least one id that is allowed and not banned, got none (allowed_token_ids)")
+        return allowed
+
+    def _allowed_early(self, allowed: torch.Tensor | None, stop_ids: frozenset[int]) -> torch.Tensor | None:
+        if not stop_ids:
+            return allowed
+        early = (self.everything if allowed is None else allowed) & ~self._bits(stop_ids)
+        if not bool(early.any()):
             raise ValueError("expected an allowed id that does not stop, got none before min_tokens (min_tokens)")
         return early
+
+    def _spans(
+        self, sampling: SamplingParams, allowed: torch.Tensor | None, early: torch.Tensor | None
+    ) -> SpanMasks | None:
+        if not sampling.tagged:
+            return None
+        words = [self.everything if mask is None else mask for mask in (allowed, early)]
+        return SpanMasks(sampling.tagged, *words, self.spec.vocab_size)
 
     def _max_tokens(self, request: Request, request_id: str, prompt_len: int) -> int:
         room = self.max_context - prompt_len

@@ -22,6 +22,7 @@ from foveate.rollout.scheduler import Group, Sequence
 from foveate.rollout.segments import Chunk, Segment
 from foveate.rollout.selection import Selector
 from foveate.rollout.staged import StagedPrefill
+from foveate.rollout.tagged import MaskRows
 from foveate.rollout.vision import VisionEncoder, place
 
 CPU_KV_MEMORY = 1 << 30  # bytes
@@ -36,7 +37,7 @@ class Runner:
         self.device = weights.device
         self.decoder = Decoder(spec, weights, config.backend, config.deterministic)
         self.planner = Planner(config.page_size, self.device, groups)
-        self.adjuster = Adjuster()
+        self.adjuster, self.masks = Adjuster(), MaskRows()
         self.logits_backend = sampling.logits_backend(config.backend, self.device)
         self.vision, self.selector = None, None
         if spec.vision is not None:
@@ -176,7 +177,7 @@ class Runner:
             min_p=column(p.min_p for p in params) if any(p.min_p for p in params) else None,
             seeds=column((s.seed for s in sequences), torch.int64),
             steps=column((len(s.token_ids) for s in sequences), torch.int64),
-            banned=_bans(sequences),
+            allowed=self.masks([sequence.allowed for sequence in sequences]),
         )
         if not (self.config.deterministic or any(p.adjustments for p in params)):
             weight, bias = self.weights.lm_head, self.weights.lm_head_bias
@@ -209,16 +210,3 @@ def num_pages(spec: ModelSpec, weights: Weights, config: EngineConfig, groups: L
     if budget < page_bytes:
         raise ValueError(f"expected at least one page of {page_bytes} bytes, got {budget} (kv_memory)")
     return budget // page_bytes
-
-
-def _bans(sequences: list[Sequence]) -> torch.Tensor:
-    """bool [vocab] if all rows agree, else [N, vocab]."""
-    rows = []
-    for sequence in sequences:
-        group = sequence.group
-        early = len(sequence.token_ids) < group.request.sampling.min_tokens
-        if group.spans is not None:
-            rows.append(group.spans.mask(sequence.place, early))
-        else:
-            rows.append(group.banned_early if early else group.banned)
-    return rows[0] if all(row is rows[0] for row in rows) else torch.stack(rows)

@@ -42,6 +42,14 @@ class Sequence:
         return self.group.prompt.next_position + len(self.token_ids) - 1
 
     @property
+    def allowed(self) -> torch.Tensor | None:
+        """int32 [words], bits of the ids it may draw next; None: all. The same tensor for the same state."""
+        early = len(self.token_ids) < self.group.request.sampling.min_tokens
+        if self.group.spans is not None:
+            return self.group.spans.mask(self.place, early)
+        return self.group.allowed_early if early else self.group.allowed
+
+    @property
     def is_waiting(self) -> bool:
         return self.leaf is None and self.finish_reason is None
 
@@ -80,8 +88,8 @@ class Group:
     prompt: Prompt
     max_tokens: int
     stop_ids: frozenset[int]
-    banned: torch.Tensor  # bool [vocab]
-    banned_early: torch.Tensor  # bool [vocab], while fewer than min_tokens are drawn
+    allowed: torch.Tensor | None  # int32 [words], bits of the ids that may be drawn (`sampling.masks`); None: all
+    allowed_early: torch.Tensor | None  # the same while fewer than min_tokens are drawn
     spans: SpanMasks | None = None  # with SamplingParams.tagged
     # (weight versions, whether the selection between layers is known), identity of each segment
     identities: tuple[tuple[tuple[int, int], bool], list[bytes]] | None = None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from foveate.kernels.dispatch import require
+from foveate.kernels.sampling import masks
 
 
 @dataclass(frozen=True)
@@ -61,28 +62,36 @@ OUTSIDE = Place()
 class SpanMasks:
     """The masks of one request's spans, and how a drawn id moves a sample from one to the other.
 
-    banned: bool [vocab], what is never drawn. early: the same while stop ids are banned, too.
-    Raises ValueError if an id lies beyond the vocabulary, a tag cannot be drawn, nothing could be drawn in some place,
-    or two spans share an opening tag.
+    allowed: int32 [words], bits of the ids that may be drawn at all (`foveate.kernels.sampling.masks`). early: the same
+    while stop ids are banned, too. vocab: number of ids. Raises ValueError if an id lies beyond the vocabulary, a tag
+    cannot be drawn, nothing could be drawn in some place, or two spans share an opening tag.
     """
 
-    def __init__(self, spans: Sequence[TaggedSpan], banned: torch.Tensor, early: torch.Tensor):
+    def __init__(self, spans: Sequence[TaggedSpan], allowed: torch.Tensor, early: torch.Tensor, vocab: int):
         self.spans = tuple(spans)
         self._of_opening = {span.opening: index for index, span in enumerate(self.spans)}
         require(len(self._of_opening) == len(self.spans), "an opening tag for each span", spans, "tagged")
         for span in self.spans:
-            self._check(span, banned)
+            ids = (span.opening, span.closing, *span.inside)
+            require(max(ids) < vocab, f"ids < {vocab}", [i for i in ids if i >= vocab][:9], "tagged")
+            lost = [i for i in ids[:2] if not masks.has(allowed, i)]
+            require(not lost, "tags that are not banned", lost, "tagged")
+
+        def only(*ids: int) -> torch.Tensor:
+            return allowed & masks.of_ids(ids, vocab).to(allowed.device)
+
         hidden = [i for span in self.spans for i in (span.closing, *(span.inside if span.exclusive else ()))]
-        self._outside, self._outside_early = banned.clone(), early.clone()
-        for mask in (self._outside, self._outside_early):
-            mask[hidden] = True
-            require(not bool(mask.all()), "an id that may be drawn outside the spans", None, "tagged")
-        self._inside = [_only(banned, span.inside) for span in self.spans]
-        self._may_close = [_only(banned, (*span.inside, span.closing)) for span in self.spans]
-        self._must_close = [_only(banned, (span.closing,)) for span in self.spans]
+        self._outside, self._outside_early = (words & ~only(*hidden) for words in (allowed, early))
+        for words in (self._outside, self._outside_early):
+            require(bool(words.any()), "an id that may be drawn outside the spans", None, "tagged")
+        self._inside = [only(*span.inside) for span in self.spans]
+        for words in self._inside:
+            require(bool(words.any()), "an id inside that is not banned", None, "tagged")
+        self._may_close = [only(*span.inside, span.closing) for span in self.spans]
+        self._must_close = [only(span.closing) for span in self.spans]
 
     def mask(self, place: Place, early: bool) -> torch.Tensor:
-        """bool [vocab]: what the next id must not be. The same tensor for the same place."""
+        """int32 [words], bits of what the next id may be. The same tensor for the same place."""
         if place.span < 0:
             return self._outside_early if early else self._outside
         span = self.spans[place.span]
@@ -96,17 +105,24 @@ class SpanMasks:
             return Place(self._of_opening.get(token, -1))
         return OUTSIDE if token == self.spans[place.span].closing else Place(place.span, place.length + 1)
 
-    @staticmethod
-    def _check(span: TaggedSpan, banned: torch.Tensor) -> None:
-        beyond = [i for i in (span.opening, span.closing, *span.inside) if i >= len(banned)]
-        require(not beyond, f"ids < {len(banned)}", beyond[:9], "tagged")
-        lost = [i for i in (span.opening, span.closing) if banned[i]]
-        require(not lost, "tags that are not banned", lost, "tagged")
-        require(not bool(banned[list(span.inside)].all()), "an id inside that is not banned", None, "tagged")
 
+class MaskRows:
+    """The masks of a batch's rows as one tensor, which is kept for as long as the rows stay the same."""
 
-def _only(banned: torch.Tensor, ids: Sequence[int]) -> torch.Tensor:
-    """Everything is banned but these ids, as far as they are not."""
-    mask = torch.ones_like(banned)
-    mask[list(ids)] = banned[list(ids)]
-    return mask
+    def __init__(self) -> None:
+        self._rows: list[torch.Tensor | None] = []
+        self._stacked: torch.Tensor | None = None
+
+    def __call__(self, rows: list[torch.Tensor | None]) -> torch.Tensor | None:
+        """rows: int32 [words] each, None where all ids are allowed.
+
+        -> int32 [words] if one tensor serves all rows, [N, words] if not, None if every row allows all.
+        """
+        first = rows[0] if rows else None
+        if all(row is first for row in rows):
+            return first
+        if len(rows) != len(self._rows) or any(new is not old for new, old in zip(rows, self._rows, strict=True)):
+            everything = torch.full_like(next(row for row in rows if row is not None), -1)
+            self._rows = rows
+            self._stacked = torch.stack([everything if row is None else row for row in rows])
+        return self._stacked

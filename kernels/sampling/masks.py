@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
 import torch
 
 from foveate.kernels.dispatch import require
@@ -12,6 +15,21 @@ BITS = 32
 def num_words(vocab: int) -> int:
     """Words of a row: ceil(vocab / 32)."""
     return -(-vocab // BITS)
+
+
+def of_ids(ids: Iterable[int], vocab: int) -> torch.Tensor:
+    """int32 [ceil(vocab / 32)] on the CPU: the bits of these ids, each in [0, vocab)."""
+    index = np.fromiter(ids, np.int64)
+    fits = not len(index) or (index.min() >= 0 and index.max() < vocab)
+    require(fits, f"ids in [0, {vocab})", index[:9].tolist(), "ids")
+    words = np.zeros(num_words(vocab), np.uint32)
+    np.bitwise_or.at(words, index // BITS, np.uint32(1) << (index % BITS).astype(np.uint32))
+    return torch.from_numpy(words.view(np.int32))
+
+
+def has(words: torch.Tensor, token: int) -> bool:
+    """Whether the bit of an id is set in int32 [W]."""
+    return bool(words[token // BITS] >> token % BITS & 1)
 
 
 def pack(allowed: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,6 @@ from foveate.rollout.types import Request
 # (pages, kv_len, depth, causal) -> rows
 Visits = dict[tuple[tuple[int, ...], int, int, bool], list[int]]
 CPU = torch.device("cpu")
-NO_BANS = torch.zeros(0, dtype=torch.bool)
 PROMPT = Prompt(torch.zeros(1, dtype=torch.int64), torch.zeros((3, 1), dtype=torch.int64), 1, (), (1,))
 
 
@@ -139,7 +138,7 @@ def test_prefill(built, data):
 
 
 def group_at(path_end: Segment) -> Group:
-    return Group(Request([0]), "", PROMPT, 100, frozenset(), NO_BANS, NO_BANS, path=path_end.path())
+    return Group(Request([0]), "", PROMPT, 100, frozenset(), None, None, path=path_end.path())
 
 
 def running(forest: Forest, path_end: Segment, lengths: Iterable[int]) -> list[Sequence]:

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
+from foveate.kernels import sampling
+from foveate.kernels.sampling import masks
 from foveate.rollout.config import SamplingParams
-from foveate.rollout.tagged import OUTSIDE, Place, SpanMasks, TaggedSpan
+from foveate.rollout.tagged import OUTSIDE, MaskRows, Place, SpanMasks, TaggedSpan
 from foveate.rollout.testing import tiny_model
 from foveate.rollout.types import Request
 
@@ -63,12 +65,13 @@ def test_log_kept_is_the_mass_of_the_mask(make_engine, forward_logits):
     (group,) = make_engine(model, ban_vision_tokens=False).generate([request(1, logit_bias=None)], strict=True)
     for rollout in group.rollouts:
         logprobs = forward_logits(model, group, rollout).log_softmax(-1)
-        place, masks = OUTSIDE, SpanMasks((DEPTH, BOX), torch.zeros(logprobs.shape[1], dtype=torch.bool),
-                                          torch.zeros(logprobs.shape[1], dtype=torch.bool))  # fmt: skip
+        vocab = logprobs.shape[1]
+        everything = masks.of_ids(range(vocab), vocab)
+        place, spans = OUTSIDE, SpanMasks((DEPTH, BOX), everything, everything, vocab)
         for row, token, log_kept in zip(logprobs, rollout.token_ids.tolist(), rollout.log_kept, strict=True):
-            kept = row[~masks.mask(place, early=False)].logsumexp(0)
+            kept = row[masks.unpack(spans.mask(place, early=False), vocab)].logsumexp(0)
             torch.testing.assert_close(log_kept, kept, atol=1e-4, rtol=0)
-            place = masks.after(place, token)
+            place = spans.after(place, token)
 
 
 def test_neighbours_are_untouched(make_engine):
@@ -94,21 +97,67 @@ def test_stops_and_bans_hold_outside(make_engine):
 
 
 def test_masks_and_places():
-    banned = torch.zeros(256, dtype=torch.bool)
-    early = banned.clone()
-    early[7] = True
-    masks = SpanMasks((DEPTH,), banned, early)
-    outside = masks.mask(OUTSIDE, early=False)
-    assert outside.nonzero().flatten().tolist() == [201, *DEPTH.inside]
-    assert masks.mask(OUTSIDE, early=True)[7]
-    assert masks.mask(OUTSIDE, early=False) is outside
-    place = masks.after(OUTSIDE, 200)
+    everything = masks.of_ids(range(256), 256)
+    early = masks.of_ids(set(range(256)) - {7}, 256)
+    spans = SpanMasks((DEPTH,), everything, early, 256)
+    outside = spans.mask(OUTSIDE, early=False)
+    assert (~masks.unpack(outside, 256)).nonzero().flatten().tolist() == [201, *DEPTH.inside]
+    assert masks.has(outside, 7)
+    assert not masks.has(spans.mask(OUTSIDE, early=True), 7)
+    assert spans.mask(OUTSIDE, early=False) is outside
+    place = spans.after(OUTSIDE, 200)
     for length, allowed in enumerate([DEPTH.inside, DEPTH.inside, *([(201, *DEPTH.inside)] * 2), (201,)]):
         assert place == Place(0, length)
-        assert (~masks.mask(place, early=False)).nonzero().flatten().tolist() == list(allowed)
-        place = masks.after(place, 210)
-    assert masks.after(Place(0, 3), 201) == OUTSIDE
-    assert masks.after(OUTSIDE, 5) == OUTSIDE
+        assert masks.unpack(spans.mask(place, early=False), 256).nonzero().flatten().tolist() == list(allowed)
+        place = spans.after(place, 210)
+    assert spans.after(Place(0, 3), 201) == OUTSIDE
+    assert spans.after(OUTSIDE, 5) == OUTSIDE
+
+
+def test_mask_rows_are_shared_stacked_and_kept():
+    one, other = (masks.of_ids(ids, 70) for ids in ([1, 69], [2, 33]))
+    rows = MaskRows()
+    assert rows([]) is None
+    assert rows([None, None]) is None
+    assert rows([one, one]) is one
+    stacked = rows([one, None, other])
+    kept = [masks.unpack(row, 70).nonzero().flatten().tolist() for row in stacked]
+    assert kept == [[1, 69], list(range(70)), [2, 33]]
+    assert rows([one, None, other]) is stacked
+    assert rows([one, other]).tolist() == [one.tolist(), other.tolist()]
+    assert rows([other, one]).tolist() == [other.tolist(), one.tolist()]
+
+
+def test_a_batch_has_no_mask_of_its_vocabulary(make_engine, monkeypatch):
+    """Default bans are one shared row; a request with bans of its own costs a row of bits for each sample."""
+    engine = make_engine("qwen2_5_vl")
+    seen, draw = [], sampling.sample_from_hidden
+
+    def recorded(*args, **given):
+        assert given.get("banned") is None
+        seen.append(given["allowed"])
+        return draw(*args, **given)
+
+    monkeypatch.setattr(sampling, "sample_from_hidden", recorded)
+    plain = Request([3, 1, 4], n=3, sampling=SamplingParams(max_tokens=6, ignore_eos=True))
+    engine.generate([plain, plain], strict=True)
+    words = masks.num_words(engine.spec.vocab_size)
+    assert {id(allowed) for allowed in seen} == {id(engine._intake.allowed)}
+    assert seen[0].shape == (words,)
+    seen.clear()
+    own = Request([3, 1, 4], n=2, sampling=SamplingParams(max_tokens=6, ignore_eos=True, banned_token_ids=(5, 9)))
+    engine.generate([plain, own], strict=True)
+    assert {(tuple(allowed.shape), allowed.dtype) for allowed in seen} == {((5, words), torch.int32)}
+    assert len({id(allowed) for allowed in seen}) == 1, "stacked once, as nothing changed"
+
+
+def test_nothing_banned_is_no_mask(make_engine, monkeypatch):
+    engine = make_engine("qwen3", ban_vision_tokens=False)
+    seen, draw = [], sampling.sample_from_hidden
+    monkeypatch.setattr(sampling, "sample_from_hidden", lambda *a, **k: (seen.append(k["allowed"]), draw(*a, **k))[1])
+    engine.generate([Request([3, 1, 4], sampling=SamplingParams(max_tokens=3))], strict=True)
+    assert seen
+    assert all(allowed is None for allowed in seen)
 
 
 @pytest.mark.parametrize(

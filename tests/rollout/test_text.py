@@ -71,9 +71,8 @@ def test_any_tokens(ids):
 def sequence_of(max_tokens: int = 100, **sampling) -> Sequence:
     prompt = Prompt(torch.tensor([1]), torch.zeros(3, 1, dtype=torch.int64), 1, (), (1,))
     request = Request([1], sampling=SamplingParams(max_tokens=max_tokens, **sampling))
-    no_bans = torch.zeros(0, dtype=torch.bool)
     stop_ids = frozenset([special_id("<|im_end|>"), *byte_ids("!")])
-    group = Group(request, "a", prompt, max_tokens, stop_ids, no_bans, no_bans)
+    group = Group(request, "a", prompt, max_tokens, stop_ids, None, None)
     group.sequences.append(Sequence(group, 0, decoder=TextDecoder(TOKENIZER) if request.sampling.stop else None))
     return group.sequences[0]
 

@@ -38,7 +38,7 @@ class Runner:
         self.decoder = Decoder(spec, weights, config.backend, config.deterministic)
         self.planner = Planner(config.page_size, self.device, groups)
         self.adjuster, self.masks = Adjuster(), MaskRows()
-        self.logits_backend = sampling.logits_backend(config.backend, self.device)
+        self.logits_backend = for_family("sampling", config.backend)
         self.vision, self.selector = None, None
         if spec.vision is not None:
             memory, backend = config.vision_cache_memory, for_family("vision_prune", config.backend)

@@ -32,12 +32,12 @@ from typing import NamedTuple
 
 import torch
 
-from foveate.kernels.dispatch import KERNEL_DTYPES, available, choose, require
+from foveate.kernels.dispatch import KERNEL_DTYPES, choose, choose_among, for_family, require
 from foveate.kernels.layers import linear
 from foveate.kernels.sampling import masks, operators, reference
 from foveate.kernels.sampling.philox import request_seed, sample_seed
 
-__all__ = ["SampleOutput", "logits_backend", "request_seed", "sample", "sample_from_hidden", "sample_seed", "score"]
+__all__ = ["SampleOutput", "request_seed", "sample", "sample_from_hidden", "sample_seed", "score"]
 
 MIN_TEMPERATURE = 1e-4
 RowValue = float | int | torch.Tensor
@@ -79,12 +79,13 @@ def sample(
     0 <= min_p <= 1, 0 is off; None is off. seeds: int64 [N], the two's complement of the unsigned sample seed.
     steps: int64 [N] in [0, 2^32), tokens of the sample already drawn. banned: bool [V] or [N, V], True = never
     drawn. allowed: int32 [ceil(V / 32)] or [N, ceil(V / 32)], bits of the ids that may be drawn (`masks.pack`); an id
-    must be allowed and not banned. backend: None chooses. Raises ValueError on shapes, dtypes and values out of range.
+    must be allowed and not banned. backend: None chooses; "triton" has no kernel for it
+    (`foveate.kernels.dispatch.choose_among`). Raises ValueError on shapes, dtypes and values out of range.
 
     Values are checked where they lie: numbers and tensors on the CPU cost a GPU no wait, tensors on a GPU do.
     """
     logits = _readable(logits)
-    chosen = _drawing(backend, logits.device)
+    chosen = _drawing("sample", backend, logits.device)
     parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned, allowed)
     seeds, steps = _noise(seeds, steps, logits)
     if chosen == "reference":
@@ -139,7 +140,7 @@ def sample_from_hidden(
         steps=steps,
         banned=banned,
         allowed=allowed,
-        backend=logits_backend(chosen, hidden.device),
+        backend=for_family("sampling", chosen),
     )
 
 
@@ -161,7 +162,7 @@ def score(
     vocabulary. The other arguments and the errors are those of `sample`; rows that cannot be sampled give NaN.
     """
     logits = _readable(logits)
-    chosen = _drawing(backend, logits.device)
+    chosen = _drawing("score", backend, logits.device)
     parameters = _parameters(logits, temperature, top_k, top_p, min_p, banned, allowed)
     _check_rows(token_ids, logits, "token_ids")
     if token_ids.numel():
@@ -172,19 +173,9 @@ def score(
     return operators.score(_rows(logits), token_ids, *_tensors(parameters), chosen).unbind()
 
 
-def logits_backend(backend: str | None, device: torch.device) -> str:
-    """The backend that draws where the logits exist: the one chosen, or the next best for "triton", which has no kernel
-    for that. ValueError as `foveate.kernels.dispatch.choose`."""
-    chosen = choose("sampling", backend, device)
-    return chosen if chosen != "triton" else next(b for b in available("sampling", device) if b != "triton")
-
-
-def _drawing(backend: str | None, device: torch.device) -> str:
-    """`logits_backend`, but a request by name for what does not exist is an error."""
-    chosen = logits_backend(backend, device)
-    named = "sampling=triton" if "=" in (backend or "") else "triton"
-    require(backend is None or named not in backend, "a backend that draws from logits", backend, "backend")
-    return chosen
+def _drawing(operation: str, backend: str | None, device: torch.device) -> str:
+    """Which backend draws where the logits exist; Triton has no kernel for that."""
+    return choose_among(("cuda", "cpp", "reference"), operation, "sampling", backend, device)
 
 
 def _fused(hidden, lm_head, bias, p: reference.Parameters, seeds, steps, tempered: bool) -> SampleOutput:

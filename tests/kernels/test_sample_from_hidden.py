@@ -215,11 +215,17 @@ def test_masks_are_bits(vocab):
 def test_logits_are_drawn_from_by_others():
     hidden, lm_head = exact(2, 8, 40)
     logits = hidden @ lm_head.T
-    for backend in ("triton", "layers=cpp,sampling=triton"):
-        with pytest.raises(ValueError, match=r"expected a backend that draws from logits, got .*triton.*\(backend\)"):
-            sampling.sample(logits, temperature=1.0, backend=backend, **noise(2))
-        assert sampling.logits_backend(backend, DEVICE) in ("cuda", "cpp", "reference")
-    sampling.sample(logits, temperature=1.0, backend="layers=triton", **noise(2))
+    given = {"temperature": 1.0, **noise(2)}
+    with pytest.raises(
+        ValueError, match=r"expected one of .*'reference'.*, which sample has, got 'triton' \(backend\)"
+    ):
+        sampling.sample(logits, backend="triton", **given)
+    with pytest.raises(ValueError, match=r"which score has, got 'triton' \(backend\)"):
+        sampling.score(logits, torch.zeros_like(given["seeds"]), temperature=1.0, backend="triton")
+    best = sampling.sample(logits, **given)
+    for backend in ("layers=cpp,sampling=triton", "layers=triton"):  # of the family, which has it
+        drawn = sampling.sample(logits, backend=backend, **given)
+        assert all(torch.equal(a, b) for a, b in zip(drawn, best, strict=True))
 
 
 def test_the_engine_runs_on_it():

@@ -124,8 +124,10 @@ class Runner:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float [N, hidden] -> float32 [N, vocab]"""
-        bias = self.weights.lm_head_bias
-        return self.decoder.linear(hidden.float(), self.weights.lm_head.float(), None if bias is None else bias.float())
+        weight, bias = self.weights.lm_head, self.weights.lm_head_bias
+        if not self.config.deterministic:
+            return sampling.logits_of(hidden, weight, bias)
+        return self.decoder.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
     def first_tokens(self, sequences: list[Sequence]) -> SampleOutput:
         """Draws the first token of samples whose prompt was prefilled."""

@@ -37,7 +37,7 @@ from foveate.kernels.layers import linear
 from foveate.kernels.sampling import masks, operators, reference
 from foveate.kernels.sampling.philox import request_seed, sample_seed
 
-__all__ = ["SampleOutput", "request_seed", "sample", "sample_from_hidden", "sample_seed", "score"]
+__all__ = ["SampleOutput", "logits_of", "request_seed", "sample", "sample_from_hidden", "sample_seed", "score"]
 
 MIN_TEMPERATURE = 1e-4
 RowValue = float | int | torch.Tensor
@@ -129,9 +129,8 @@ def sample_from_hidden(
             seeds, steps = _noise(seeds, steps, frame)
             tempered = not isinstance(temperature, (int, float)) or temperature not in (0, 1)
             return _fused(hidden, lm_head, bias, parameters, seeds, steps, tempered)
-    logits = linear(hidden.float(), lm_head.float(), None if bias is None else bias.float())
     return sample(
-        logits,
+        logits_of(hidden, lm_head, bias),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -142,6 +141,18 @@ def sample_from_hidden(
         allowed=allowed,
         backend=for_family("sampling", chosen),
     )
+
+
+def logits_of(hidden: torch.Tensor, lm_head: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """float32 [N, V]: hidden @ lm_head^T + bias, accumulated in fp32 and never rounded to less.
+
+    hidden: float [N, D]. lm_head: float [V, D]. bias: float [V] or None. On a GPU a product of two matrices of the same
+    16-bit type reads them as they are.
+    """
+    if hidden.is_cuda and hidden.dtype == lm_head.dtype and hidden.dtype in (torch.float16, torch.bfloat16):
+        logits = torch.mm(hidden.detach(), lm_head.detach().t(), out_dtype=torch.float32)
+        return logits if bias is None else logits.add_(bias.detach())
+    return linear(hidden.float(), lm_head.float(), None if bias is None else bias.float())
 
 
 def score(

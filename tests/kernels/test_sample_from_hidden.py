@@ -9,7 +9,7 @@ import torch
 
 from foveate.kernels import sampling
 from foveate.kernels.dispatch import available
-from foveate.kernels.sampling import masks
+from foveate.kernels.sampling import masks, triton_kernel
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [
@@ -162,6 +162,27 @@ def test_a_row_has_the_same_bits_alone_in_any_slot_and_batch():
             assert torch.equal(got, want[alone])
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_tile_shapes_change_no_token(monkeypatch, masked):
+    """Rows and depth of a program change no bit of an exact product, ids of a tile no token; noise is of the id."""
+    rows, vocab = 21, 700
+    hidden, lm_head = exact(rows, 80, vocab)
+    given = {"temperature": mixed_temperatures(rows), **noise(rows)}
+    if masked:
+        given["allowed"] = masks.pack(torch.rand(rows, vocab, device=DEVICE) < 0.3)
+    whole = draw(hidden, lm_head, "triton", **given)
+    for block, depth in ((16, 16), (16, 64), (64, 32)):
+        monkeypatch.setattr(triton_kernel, "_FLOAT32", triton_kernel._Shape(block, depth, 8, 2))
+        for got, want in zip(draw(hidden, lm_head, "triton", **given), whole, strict=True):
+            assert torch.equal(got.view(torch.int32), want.view(torch.int32))
+    for tile in (16, 64):
+        monkeypatch.setattr(triton_kernel, "VOCAB_TILE", tile)
+        tiled = draw(hidden, lm_head, "triton", **given)
+        assert torch.equal(tiled.token_ids, whole.token_ids)
+        for got, want in zip(tiled[1:], whole[1:], strict=True):
+            torch.testing.assert_close(got, want, **VALUES)
+
+
 def test_rows_with_a_stride_and_no_rows():
     hidden, lm_head = exact(4, 16, 50)
     given = {"temperature": 1.0, **noise(4)}
@@ -226,6 +247,20 @@ def test_logits_are_drawn_from_by_others():
     for backend in ("layers=cpp,sampling=triton", "layers=triton"):  # of the family, which has it
         drawn = sampling.sample(logits, backend=backend, **given)
         assert all(torch.equal(a, b) for a, b in zip(drawn, best, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_logits_of_16_bits_are_not_rounded_to_16_bits(dtype):
+    hidden, lm_head = torch.randn(9, 512, device=DEVICE).to(dtype), torch.randn(1000, 512, device=DEVICE).to(dtype)
+    bias = torch.randn(1000, device=DEVICE).to(dtype)
+    logits = sampling.logits_of(hidden, lm_head, bias)
+    assert logits.dtype == torch.float32
+    exact = hidden.double() @ lm_head.double().T + bias.double()
+    # The products are exact; a sum of 512 in any order is off by 512 half ulps of the sum of their magnitudes at most.
+    bound = 512 * 2.0**-24 * (hidden.double().abs() @ lm_head.double().abs().T + bias.double().abs())
+    assert bool(((logits - exact).abs() <= bound).all())
 
 
 def test_the_engine_runs_on_it():

@@ -23,7 +23,10 @@ CASES = {
     "min_p": {"min_p": 0.1},
     "banned": {"banned": [0, 5]},
     "top_k, top_p": {"top_k": 6, "top_p": 0.9},
+    "top_k, min_p": {"top_k": 7, "min_p": 0.08},
     "top_p, min_p": {"top_p": 0.95, "min_p": 0.05},
+    "top_k, top_p, min_p": {"top_k": 8, "top_p": 0.95, "min_p": 0.06},
+    "temperature, banned": {"temperature": 2.5, "banned": [0, 1, 11]},
     "top_k, min_p, banned": {"top_k": 7, "min_p": 0.08, "banned": [1]},
     "all": {"temperature": 1.7, "top_k": 9, "top_p": 0.9, "min_p": 0.06, "banned": [2]},
 }
@@ -69,6 +72,28 @@ def test_a_million_draws(case):
     kept = expected > 0
     p_value = stats.chisquare(counts[kept], expected[kept] * DRAWS).pvalue if kept.sum() > 1 else 1.0
     assert p_value > 1e-4, (counts, expected * DRAWS)
+
+
+@pytest.mark.skipif("triton" not in available("sampling", DEVICE), reason="needs Triton")
+@pytest.mark.parametrize("case", ["plain", "temperature", "temperature, banned"])
+def test_draws_that_never_write_logits(case):
+    """The kernel that multiplies and draws: a million draws on a GPU, a tenth of that in the interpreter."""
+    draws = DRAWS if DEVICE.type == "cuda" else DRAWS // 10
+    expected = kept_probabilities(**CASES[case])
+    counts = np.zeros(len(LOGITS), np.int64)
+    banned = torch.zeros(len(LOGITS), dtype=torch.bool, device=DEVICE)
+    banned[CASES[case].get("banned", [])] = True
+    lm_head = torch.zeros(len(LOGITS), 16, device=DEVICE)
+    for start in range(0, draws, CHUNK):
+        seeds = torch.arange(start, start + CHUNK, device=DEVICE)
+        ids = sampling.sample_from_hidden(
+            torch.zeros(CHUNK, 16, device=DEVICE), lm_head, bias=LOGITS.to(DEVICE), backend="triton", banned=banned,
+            temperature=CASES[case].get("temperature", 1.0), seeds=seeds, steps=seeds % 7,
+        ).token_ids  # fmt: skip
+        counts += np.bincount(ids.cpu().numpy(), minlength=len(LOGITS))
+    assert counts[expected == 0].sum() == 0, "an id of probability zero was drawn"
+    kept = expected > 0
+    assert stats.chisquare(counts[kept], expected[kept] * draws).pvalue > 1e-4
 
 
 @pytest.mark.timeout(900)

@@ -143,8 +143,8 @@ class Intake:
     ) -> SpanMasks | None:
         if not sampling.tagged:
             return None
-        words = [self.everything if mask is None else mask for mask in (allowed, early)]
-        return SpanMasks(sampling.tagged, *words, self.spec.vocab_size)
+        words, early_words = (self.everything if mask is None else mask for mask in (allowed, early))
+        return SpanMasks(sampling.tagged, words, early_words, self.spec.vocab_size)
 
     def _max_tokens(self, request: Request, request_id: str, prompt_len: int) -> int:
         room = self.max_context - prompt_len

@@ -67,7 +67,9 @@ def measure(model: nn.Module, setting: Setting, cases: Sequence[PruneConfig | No
     rounds: list[list[Times]] = []
     start = time.perf_counter()
     while len(rounds) < 2 or (len(rounds) <= size.pairs and time.perf_counter() - start < size.seconds):
-        rounds.append([contender.run() for contender in contenders])
+        places = sorted(range(len(cases)), key=lambda place: (place - len(rounds)) % len(cases))  # another begins
+        times = {place: contenders[place].run() for place in places}
+        rounds.append([times[place] for place in range(len(cases))])
     rounds = rounds[1:]
     return [
         {

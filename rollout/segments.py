@@ -159,8 +159,7 @@ class SegmentTree:
 
     def is_full(self, segment: Segment) -> bool:
         """Whether one more token of a completion takes more pages, one a block."""
-        page, offset = divmod(segment.length, self.page_size)
-        return offset == 0 and page == segment.tables[0].shape[1]
+        return segment.length % self.page_size == 0 and segment.length == segment.tables[0].shape[1] * self.page_size
 
     def can_grow(self, segment: Segment) -> bool:
         """Whether there is room for one more token, or the pages for it."""

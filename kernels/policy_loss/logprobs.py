@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,11 +14,13 @@ from foveate.kernels.dispatch import choose_among, require
 from foveate.kernels.policy_loss.arguments import IGNORE, kind_of
 from foveate.kernels.sampling import masks
 
-# The backends that multiply hidden states with an LM head: modules with `forward` and `backward`.
+# The backends that multiply hidden states with an LM head: modules with `forward`, `backward`, `with_gradients`.
 _PRODUCTS = {
     "reference": "foveate.kernels.policy_loss.reference.logprobs",
     "triton": "foveate.kernels.policy_loss.triton_kernel",
 }
+Slopes = Callable[[], tuple[torch.Tensor, torch.Tensor | None]]
+Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 PACK_ELEMENTS = 1 << 22  # entries of `allowed` that are packed at a time
 
 
@@ -62,12 +65,50 @@ def linear_logprobs(
     more in float32. backend: "triton" or "reference"; None chooses. Deterministic as torch's products are. Raises
     ValueError on shapes, dtypes and values.
     """
+    module, given = _checked(hidden, lm_head, targets, temperature, bias, softcap, allowed, backend)
+    return LinearLogprobs(*_LinearLogprobs.apply(module, *given))
+
+
+class LogitChunks:
+    """Log-probs and entropies of `linear_logprobs`, [N], that come chunk by chunk, and gradients in the same pass.
+
+    Made from its arguments, with its errors. logprobs, entropy: 0 until their chunk is computed, without gradient.
+    """
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,
+        lm_head: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        temperature: float | torch.Tensor = 1.0,
+        bias: torch.Tensor | None = None,
+        softcap: float | None = None,
+        allowed: torch.Tensor | None = None,
+        backend: str | None = None,
+    ):
+        self._module, self._given = _checked(hidden, lm_head, targets, temperature, bias, softcap, allowed, backend)
+        self._needed = [x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
+        self.logprobs, self.entropy = torch.zeros((2, len(targets)), dtype=self._given[4].dtype, device=hidden.device)
+
+    def gradients(self, slopes: Slopes) -> Gradients:
+        """Of hidden, lm_head and bias, in the dtype of log-probs; None for what requires no gradient.
+
+        slopes: called when log-probs and entropies of a chunk have come; derivatives of what is minimised by both (by
+        entropies None: 0), [N]. Those of tokens whose log-probs have not come are not read.
+        """
+        with torch.no_grad():
+            return self._module.with_gradients(*self._given, self.logprobs, self.entropy, slopes, *self._needed)
+
+
+def _checked(hidden, lm_head, targets, temperature, bias, softcap, allowed, backend) -> tuple[ModuleType, tuple]:
+    """The module of the backend, and what its functions take."""
     check_inputs(hidden, lm_head, targets, bias, softcap, allowed)
     chosen = products_backend(backend, hidden, lm_head)
     temperatures = temperatures_of(temperature, hidden, lm_head).contiguous()
     dense = None if bias is None else bias.contiguous()
     given = (hidden, lm_head, dense, targets.contiguous(), temperatures, softcap, allowed_of(allowed, chosen))
-    return LinearLogprobs(*_LinearLogprobs.apply(products(chosen), *given))
+    return products(chosen), given
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -94,7 +135,7 @@ def products_backend(backend: str | None, hidden: torch.Tensor, lm_head: torch.T
 
 
 def products(backend: str) -> ModuleType:
-    """The module that has `forward` and `backward` of a backend, of one signature."""
+    """The module that has `forward`, `backward` and `with_gradients` of a backend, each of one signature."""
     return import_module(_PRODUCTS[backend])
 
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from foveate.kernels.dispatch import choose_among, require
 from foveate.kernels.policy_loss.advantage import group_advantage
 from foveate.kernels.policy_loss.arguments import kind_of
-from foveate.kernels.policy_loss.logprobs import IGNORE, linear_logprobs
+from foveate.kernels.policy_loss.logprobs import IGNORE, LogitChunks, linear_logprobs
 from foveate.kernels.policy_loss.options import Formula, PolicyLossOptions
 from foveate.kernels.policy_loss.reference import loss as reference
 
@@ -78,30 +77,50 @@ def linear_policy_loss(
     beyond the checks of `linear_logprobs` and `group_advantage`. Raises ValueError on shapes, dtypes, and options
     without meaning together; on the CPU on sequence ids too, which on a GPU give NaN, and on a
     denominator that is a tensor. A NaN advantage gives a NaN loss.
+
+    Where the gradient of a token follows from its own log-prob, it is computed in the forward pass, one chunk of tokens
+    after another, and scaled in the backward pass: three products of the size of `hidden @ lm_head^T`, two if one of
+    hidden and lm_head is frozen. A ratio of whole sequences (gspo, gspo_token) to given old log-probs, a correction or
+    rejection of whole sequences without them, and off_policy_limit take the log-probs of a whole sequence first, and
+    the logits are computed twice. Gradients accumulate in float32 and are rounded to their dtype once, when they are
+    scaled; between the passes they take (N + V) D elements, in float32. Which tokens lie in a chunk, and so the
+    rounding of products, depends on V and on a token's place alone. There is no second derivative: RuntimeError.
     """
-    out = linear_logprobs(
-        hidden, lm_head, targets, temperature=temperature, bias=bias, softcap=softcap, allowed=allowed, backend=backend
-    )
     kept = targets != IGNORE
     if mask is not None:
         require(
             mask.dtype == torch.bool and mask.shape == kept.shape, f"bool {list(kept.shape)}", kind_of(mask), "mask"
         )
         kept &= mask
-    return logprob_policy_loss(
-        out.logprobs,
-        out.entropy,
-        advantages=advantages,
-        sequence_ids=sequence_ids,
-        denominator=denominator,
-        old_logprobs=old_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        ref_logprobs=ref_logprobs,
-        mask=kept,
-        kind=kind,
-        options=options,
-        backend=backend,
-    )
+    given = {
+        "advantages": advantages,
+        "sequence_ids": sequence_ids,
+        "denominator": denominator,
+        "old_logprobs": old_logprobs,
+        "rollout_logprobs": rollout_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "mask": kept,
+        "kind": kind,
+        "options": options,
+        "backend": backend,
+    }
+    form = {"temperature": temperature, "bias": bias, "softcap": softcap, "allowed": allowed, "backend": backend}
+    leaves = hidden, lm_head, bias
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    if not trained or options.resolve(kind).needs_sequences(old_logprobs is None):
+        out = linear_logprobs(hidden, lm_head, targets, **form)
+        return logprob_policy_loss(out.logprobs, out.entropy, **given)
+    chunks = LogitChunks(hidden, lm_head, targets, **form)
+    problem = _Problem.of(chunks.logprobs, chunks.entropy, **given)
+    evaluated: list[_Evaluated] = []
+
+    def slopes() -> tuple[torch.Tensor, torch.Tensor | None]:
+        evaluated[:] = [problem.evaluate()]
+        return evaluated[0][1:3]
+
+    gradients = chunks.gradients(slopes)
+    loss, _, _, sums = evaluated[0] if evaluated else problem.evaluate()
+    return PolicyLoss(_WithGradient.apply(loss, *leaves, *gradients), problem.metrics(sums), chunks.logprobs)
 
 
 def logprob_policy_loss(
@@ -123,28 +142,23 @@ def logprob_policy_loss(
 
     The gradient with respect to both is computed with the loss; the backward pass multiplies it.
     """
-    formula = options.resolve(kind)
-    _check_sources(options, old_logprobs, rollout_logprobs, ref_logprobs)
-    if isinstance(advantages, tuple):
-        rewards, group_offsets = advantages
-        advantages = group_advantage(rewards, group_offsets, kind=formula.advantage)
-    _check_vectors(logprobs, entropy, old_logprobs, rollout_logprobs, ref_logprobs, mask)
-    _check_sequences(sequence_ids, advantages, logprobs)
-    active = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
-    given = (old_logprobs, rollout_logprobs, ref_logprobs)
-    old, rollout, ref = (None if x is None else x.detach().to(logprobs) for x in given)
-    per_sequence = advantages.detach().to(logprobs)
-    tokens = reference.Tokens(
-        logprobs.detach(), entropy.detach(), old, rollout, ref, sequence_ids, active, per_sequence
+    problem = _Problem.of(
+        logprobs,
+        entropy,
+        advantages=advantages,
+        sequence_ids=sequence_ids,
+        denominator=denominator,
+        old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        ref_logprobs=ref_logprobs,
+        mask=mask,
+        kind=kind,
+        options=options,
+        backend=backend,
     )
-    total = _scalar(denominator, logprobs)
-    chosen = choose_among(BACKENDS, "the policy loss", "policy_loss", backend, logprobs.device, logprobs.dtype)
-    evaluate = _in_triton if chosen == "triton" else _in_torch
-    loss, d_logprobs, d_entropy, sums = evaluate(tokens, formula, total)
-    absent = {*(_WITH_REFERENCE if ref is None else ()), *(_WITH_ROLLOUT if rollout is None else ())}
-    metrics = {name: x for name, x in zip(METRICS, sums.unbind(), strict=True) if name not in absent}
-    attached = _WithGradient.apply(logprobs, entropy, loss, d_logprobs, d_entropy)
-    return PolicyLoss(attached, metrics, logprobs.detach())
+    loss, d_logprobs, d_entropy, sums = problem.evaluate()
+    attached = _WithGradient.apply(loss, logprobs, entropy, d_logprobs, d_entropy)
+    return PolicyLoss(attached, problem.metrics(sums), logprobs.detach())
 
 
 def loss_denominator(lengths: torch.Tensor, aggregation: str, constant: int | None = None) -> torch.Tensor:
@@ -198,25 +212,85 @@ _Evaluated = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor
 
 
 class _WithGradient(torch.autograd.Function):
-    """A loss whose gradient is already known."""
+    """A loss whose gradients are already known: (loss, tensors, as many gradients or None).
+
+    A gradient is scaled into the dtype of its tensor in one pass.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logprobs, entropy, loss, d_logprobs, d_entropy):
-        ctx.save_for_backward(d_logprobs, d_entropy)
+    def forward(ctx: Any, loss, *tensors):
+        leaves, gradients = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        ctx.dtypes = [None if x is None else x.dtype for x in leaves]
+        ctx.save_for_backward(*gradients)
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor):
-        d_logprobs, d_entropy = ctx.saved_tensors
-        return grad * d_logprobs, None if d_entropy is None else grad * d_entropy, None, None, None
+        if torch.is_grad_enabled():
+            raise RuntimeError("expected create_graph=False, got True: a policy loss has no second derivative")
+        given = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = [x if x is None else torch.mul(x, grad, out=torch.empty_like(x, dtype=dtype)) for x, dtype in given]
+        return None, *scaled, *(None for _ in scaled)
+
+
+class _Problem(NamedTuple):
+    """A loss of given log-probs and entropies, which may change between evaluations."""
+
+    tokens: reference.Tokens
+    formula: Formula
+    denominator: torch.Tensor
+    backend: str
+
+    @classmethod
+    def of(
+        cls,
+        logprobs: torch.Tensor,
+        entropy: torch.Tensor,
+        *,
+        advantages: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        sequence_ids: torch.Tensor,
+        denominator: float | torch.Tensor,
+        old_logprobs: torch.Tensor | None,
+        rollout_logprobs: torch.Tensor | None,
+        ref_logprobs: torch.Tensor | None,
+        mask: torch.Tensor | None,
+        kind: str,
+        options: PolicyLossOptions,
+        backend: str | None,
+    ) -> _Problem:
+        """ValueError as `logprob_policy_loss`."""
+        formula = options.resolve(kind)
+        _check_sources(options, old_logprobs, rollout_logprobs, ref_logprobs)
+        if isinstance(advantages, tuple):
+            rewards, group_offsets = advantages
+            advantages = group_advantage(rewards, group_offsets, kind=formula.advantage)
+        _check_vectors(logprobs, entropy, old_logprobs, rollout_logprobs, ref_logprobs, mask)
+        _check_sequences(sequence_ids, advantages, logprobs)
+        active = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
+        given = (old_logprobs, rollout_logprobs, ref_logprobs)
+        old, rollout, ref = (None if x is None else x.detach().to(logprobs) for x in given)
+        per_sequence = advantages.detach().to(logprobs)
+        tokens = reference.Tokens(
+            logprobs.detach(), entropy.detach(), old, rollout, ref, sequence_ids, active, per_sequence
+        )
+        chosen = choose_among(BACKENDS, "the policy loss", "policy_loss", backend, logprobs.device, logprobs.dtype)
+        return cls(tokens, formula, _scalar(denominator, logprobs), chosen)
+
+    def evaluate(self) -> _Evaluated:
+        run = _in_triton if self.backend == "triton" else _in_torch
+        return run(self.tokens, self.formula, self.denominator)
+
+    def metrics(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
+        absent = {*(_WITH_REFERENCE if self.tokens.ref is None else ())}
+        absent |= {*(_WITH_ROLLOUT if self.tokens.rollout is None else ())}
+        return {name: x for name, x in zip(METRICS, sums.unbind(), strict=True) if name not in absent}
 
 
 def _in_torch(tokens: reference.Tokens, formula: Formula, denominator: torch.Tensor) -> _Evaluated:
     """By autograd over vectors of [N]."""
-    tokens = tokens._replace(sequence_ids=tokens.sequence_ids.long())
+    leaves = [x.detach().requires_grad_() for x in (tokens.logprobs, tokens.entropy)]
+    tokens = tokens._replace(logprobs=leaves[0], entropy=leaves[1], sequence_ids=tokens.sequence_ids.long())
     with torch.enable_grad():
-        leaves = tokens.logprobs.requires_grad_(), tokens.entropy.requires_grad_()
         loss, terms = reference.policy_loss(tokens, formula, denominator)
         d_logprobs, d_entropy = torch.autograd.grad(loss, leaves, materialize_grads=True)
     sums = reference.metric_sums(terms, tokens.active)

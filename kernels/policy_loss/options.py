@@ -75,6 +75,18 @@ class Formula(NamedTuple):
     aggregation: Aggregation
     advantage: str
 
+    def needs_sequences(self, on_policy: bool) -> bool:
+        """Whether the gradient of a token depends on the current log-probs of other tokens of its sequence.
+
+        on_policy: old log-probs are the current ones. Every ratio then is 1, whatever they are; but what corrects old
+        against behaviour policy is not known beforehand, and weighs a ratio whose gradient all tokens share.
+        """
+        if not on_policy:
+            return self.ratio != "token" or self.off_policy_limit is not None
+        corrected = (self.correction or "").endswith("_sequence") or self.rejection is not None
+        shared = self.ratio == "sequence" and self.correction is not None
+        return corrected or shared or self.off_policy_limit is not None
+
 
 @dataclass(frozen=True)
 class PolicyLossOptions:

@@ -12,15 +12,15 @@ the gradients, summed in float32: the rows of d_lm_head once and for all, and a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
-from foveate.kernels.policy_loss import triton_loss
+from foveate.kernels.policy_loss import triton_logits, triton_loss
 from foveate.kernels.policy_loss.arguments import IGNORE
+from foveate.kernels.policy_loss.triton_products import multiply, operands, scale_of, times
 from foveate.kernels.policy_loss.triton_tiles import (
     logit_gradients_kernel,
     logprob_partials_kernel,
@@ -45,6 +45,8 @@ class _Shape(NamedTuple):
     num_stages: int
 
 
+with_gradients = triton_logits.with_gradients  # forward and backward of a loss in one pass
+
 # float32 has no matrix instruction of full precision. None spills on sm_80, sm_90, sm_100.
 _MATRIX, _FLOAT32 = _Shape(128, 128, 64, 8, 3), _Shape(32, 128, 32, 8, 2)
 
@@ -65,7 +67,7 @@ def forward(
     bias: float [V] or None. targets: int64 [N]. temperatures: float32 [N]. allowed: int32 [1 or N, ceil(V / 32)], the
     bits of `foveate.kernels.sampling.masks.pack`, or None.
     """
-    hidden, lm_head = (_aligned(x) for x in _operands(hidden, lm_head))
+    hidden, lm_head = (_aligned(x) for x in operands(hidden, lm_head))
     (rows, _), vocab = hidden.shape, len(lm_head)
     logprobs, logsumexp, entropy = (torch.empty_like(temperatures) for _ in range(3))
     if rows == 0:
@@ -109,7 +111,7 @@ def backward(
     The first seven as in `forward`; logsumexp, entropy: of it. g_*: gradients with respect to its results, [N].
     """
     dtypes = hidden.dtype, lm_head.dtype
-    hidden, lm_head = _operands(hidden, lm_head)
+    hidden, lm_head = operands(hidden, lm_head)
     if need_head:  # a row that is ignored may hold NaN, which 0 times it would keep
         hidden = hidden.masked_fill((targets == IGNORE)[:, None], 0.0)
     (rows, _), vocab = hidden.shape, len(lm_head)
@@ -122,18 +124,18 @@ def backward(
     d_head = torch.empty_like(lm_head, dtype=dtypes[1]) if need_head else None
     d_bias = torch.empty_like(bias) if bias is not None and need_bias else None
     given = (_aligned(hidden), _aligned(lm_head), bias, targets, temperatures, allowed, logsumexp, entropy, *grads)
-    scale = _scale(vocab, temperatures, *grads) if hidden.dtype == torch.float16 else None
+    scale = scale_of(vocab, temperatures, *grads) if hidden.dtype == torch.float16 else None
     unscale = None if scale is None else scale.reciprocal()
     with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
         for ids, d_logits in _chunks(given, softcap, scale):
             if need_hidden:
-                term = _multiply(d_logits, lm_head[ids])
+                term = multiply(d_logits, lm_head[ids])
                 d_hidden = term if d_hidden is None else d_hidden.add_(term)
             if d_head is not None:
-                d_head[ids] = _times(_multiply(d_logits.T, hidden), unscale)
+                d_head[ids] = times(multiply(d_logits.T, hidden), unscale)
             if d_bias is not None:
-                d_bias[ids] = _times(d_logits.sum(0, dtype=torch.float32), unscale)
-    return None if d_hidden is None else _times(d_hidden, unscale).to(dtypes[0]), d_head, d_bias
+                d_bias[ids] = times(d_logits.sum(0, dtype=torch.float32), unscale)
+    return None if d_hidden is None else times(d_hidden, unscale).to(dtypes[0]), d_head, d_bias
 
 
 def _chunks(given, softcap: float | None, scale: torch.Tensor | None) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -154,34 +156,6 @@ def _chunks(given, softcap: float | None, scale: torch.Tensor | None) -> Iterato
             **_constants(hidden, shape, bias, softcap, allowed), SCALED=scale is not None,
         )  # fmt: skip
         yield slice(first, first + count), out[:, :count]
-
-
-def _scale(vocab: int, temperatures: torch.Tensor, *grads: torch.Tensor) -> torch.Tensor:
-    """float32 [1], a power of two: a logit's gradient times it is below 2^15, near which float16 is finest.
-
-    |d z_j| <= |g_logprob| + |g_logsumexp| + |g_entropy| |p_j (log p_j + entropy)|, of which the last is below
-    1 + log V.
-    """
-    bound = grads[0].abs() + grads[1].abs() + grads[2].abs() * (1 + math.log(vocab))
-    largest = (bound / temperatures).amax(0, keepdim=True)
-    exponent = torch.frexp(largest).exponent
-    return torch.ldexp(torch.ones_like(largest), torch.where(largest > 0, 15 - exponent, 0).clamp(-100, 100))
-
-
-def _times(x: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
-    return x if factor is None else x.mul_(factor)
-
-
-def _multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b in float32, summed in float32; of float32 operands as precise as torch is set to multiply them."""
-    if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
-
-
-def _operands(hidden: torch.Tensor, lm_head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one dtype: what is multiplied."""
-    return (hidden, lm_head) if hidden.dtype == lm_head.dtype else (hidden.float(), lm_head.float())
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -252,4 +226,4 @@ def _product_targets(dtype: str, dim: int, full: bool) -> list[TritonTarget]:
     ]  # fmt: skip
 
 
-TARGETS = [*_targets(), *triton_loss.TARGETS]
+TARGETS = [*_targets(), *triton_logits.TARGETS, *triton_loss.TARGETS]

@@ -180,6 +180,43 @@ def logprob_reduce_kernel(
     tl.store(entropy + row, tl.where(kept, log_total - tl.div_rn(moment, total), 0.0), mask=there)
 
 
+@triton.jit
+def _row_slopes(row, there, target, temperatures, logsumexp, entropy, g_logprob, g_logsumexp, g_entropy):
+    """Of each row: whether it counts, what its gradient is made of, its log-sum-exp and 1 / temperature.
+
+    d logprob / d z_j = [j = target] - p_j, d logsumexp / d z_j = p_j, d entropy / d z_j = -p_j (log p_j + entropy)
+    """
+    counts = there & (target >= 0)
+    of_target = tl.load(g_logprob + row, mask=counts, other=0.0)
+    of_mass = tl.load(g_logsumexp + row, mask=counts, other=0.0) - of_target
+    of_entropy = tl.load(g_entropy + row, mask=counts, other=0.0)
+    of_mass -= of_entropy * tl.load(entropy + row, mask=counts, other=0.0)
+    log_total = tl.load(logsumexp + row, mask=counts, other=float("inf"))  # p = 0 in a row that does not count
+    inverse = tl.div_rn(1.0, tl.load(temperatures + row, mask=there, other=1.0))
+    return counts, of_target, of_mass, of_entropy, log_total, inverse
+
+
+@triton.jit
+def _gradient(
+    logits, first, counts, of_target, of_mass, of_entropy, log_total, inverse, bias, allowed, scale, row, target, rows,
+    vocab, softcap, allowed_stride,
+    WIDTH: tl.constexpr, BIASED: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """By the logits of WIDTH ids from `first` on."""
+    id, z, open, slope = _scaled(
+        logits, first, bias, allowed, row, rows, vocab, inverse, softcap, allowed_stride, WIDTH, BIASED, CAPPED, MASKED
+    )
+    if SCALED:
+        slope = slope * tl.load(scale)
+    log_p = z - log_total[:, None]
+    d = tl.exp(log_p) * (of_mass[:, None] - of_entropy[:, None] * tl.maximum(log_p, -200.0))
+    d = (d + tl.where(id[None, :] == target[:, None], of_target[:, None], 0.0)) * slope
+    d = tl.where(counts[:, None], d, 0.0)  # whatever `hidden` holds in a row that is ignored
+    if MASKED:
+        d = tl.where(open, d, 0.0)  # a target that is not allowed
+    return d
+
+
 @triton.jit(do_not_specialize=["rows", "vocab", "first_id", "allowed_stride", "num_tiles", "num_blocks"])
 def logit_gradients_kernel(
     hidden, lm_head, bias, targets, temperatures, allowed, logsumexp, entropy, g_logprob, g_logsumexp, g_entropy,
@@ -195,28 +232,15 @@ def logit_gradients_kernel(
     end = tl.where(tl.max(target, axis=0) >= 0, DIM, 0)
     id = first_id + column + tl.arange(0, TILE)
     logits = _product(hidden, lm_head, row, id, rows, vocab, hidden_stride, head_stride, end, BLOCK, TILE, DEPTH)
-    # d logprob / d z_j = [j = target] - p_j, d logsumexp / d z_j = p_j, d entropy / d z_j = -p_j (log p_j + entropy)
-    counts = there & (target >= 0)
-    of_target = tl.load(g_logprob + row, mask=counts, other=0.0)
-    of_mass = tl.load(g_logsumexp + row, mask=counts, other=0.0) - of_target
-    of_entropy = tl.load(g_entropy + row, mask=counts, other=0.0)
-    of_mass -= of_entropy * tl.load(entropy + row, mask=counts, other=0.0)
-    log_total = tl.load(logsumexp + row, mask=counts, other=float("inf"))  # p = 0 in a row that does not count
-    inverse = tl.div_rn(1.0, tl.load(temperatures + row, mask=there, other=1.0))
+    counts, of_target, of_mass, of_entropy, log_total, inverse = _row_slopes(
+        row, there, target, temperatures, logsumexp, entropy, g_logprob, g_logsumexp, g_entropy
+    )
     parts = _quarters(logits, BLOCK, TILE)
     for part in tl.static_range(4):
         first = column + part * (TILE // 4)
-        id, z, open, slope = _scaled(
-            parts[part], first_id + first, bias, allowed, row, rows, vocab, inverse, softcap, allowed_stride,
-            TILE // 4, BIASED, CAPPED, MASKED,
+        d = _gradient(
+            parts[part], first_id + first, counts, of_target, of_mass, of_entropy, log_total, inverse, bias, allowed,
+            scale, row, target, rows, vocab, softcap, allowed_stride, TILE // 4, BIASED, CAPPED, MASKED, SCALED,
         )  # fmt: skip
-        if SCALED:
-            slope = slope * tl.load(scale)
-        log_p = z - log_total[:, None]
-        d = tl.exp(log_p) * (of_mass[:, None] - of_entropy[:, None] * tl.maximum(log_p, -200.0))
-        d = (d + tl.where(id[None, :] == target[:, None], of_target[:, None], 0.0)) * slope
-        d = tl.where(counts[:, None], d, 0.0)  # whatever `hidden` holds in a row that is ignored
-        if MASKED:
-            d = tl.where(open, d, 0.0)  # a target that is not allowed
         place = out + row.to(tl.int64)[:, None] * out_stride + (first + tl.arange(0, TILE // 4))[None, :]
         tl.store(place, d.to(out.dtype.element_ty), mask=there[:, None])

@@ -9,6 +9,8 @@ from foveate.kernels.dispatch import available
 from foveate.kernels.policy_loss import linear_logprobs
 from foveate.kernels.policy_loss.logprobs import allowed_of
 from foveate.kernels.sampling import masks
+from foveate.testing.materialised import VARIANTS, gradient_bounds, problem, variant
+from foveate.testing.materialised import logprobs as plain
 from foveate.testing.tolerance import allowed_error, assert_as_exact_as, ulp
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -18,7 +20,6 @@ pytestmark = [
 ]
 TILE = 128  # ids of a tile; float32 takes 32 rows of it, float16 128
 HALF = [torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]  # the interpreter has no bfloat16
-VARIANTS = ["plain", "bias", "softcap", "allowed", "allowed_rows", "temperatures", "all"]
 
 
 @pytest.fixture(autouse=True)
@@ -32,52 +33,8 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(triton_kernel, "REDUCE_SPLITS", 2)
 
 
-def logits_of(hidden, head, temperature=1.0, bias=None, softcap=None, allowed=None):
-    """(products, z): the formula with every intermediate an ordinary tensor."""
-    products = hidden @ head.T
-    logits = products if bias is None else products + bias
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    z = logits / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
-    return products, z if allowed is None else z.masked_fill(~allowed, -torch.inf)
-
-
-def plain(hidden, head, targets, **given):
-    _, z = logits_of(hidden, head, **given)
-    log_p = z.log_softmax(-1)
-    keep = targets != -100
-    logprobs = log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
-    return tuple(torch.where(keep, x, 0.0) for x in (logprobs, z.logsumexp(-1), entropy))
-
-
 def triton(hidden, head, targets, **given):
     return linear_logprobs(hidden, head, targets, backend="triton", **given)
-
-
-def problem(rows, width, vocab, dtype=torch.float32):
-    """hidden, head, bias, targets (every third ignored), cotangents [3, rows]"""
-    hidden, head = torch.randn(rows, width) * 2, torch.randn(vocab, width) * width**-0.5 * 2
-    targets = torch.randint(vocab, (rows,))
-    targets[2::3] = -100
-    tensors = hidden.to(dtype), head.to(dtype), torch.randn(vocab).to(dtype), targets, torch.randn(3, rows)
-    return [x.to(DEVICE) for x in tensors]
-
-
-def variant(name, rows, vocab, targets):
-    each = torch.rand(rows, vocab, device=DEVICE) < 0.6
-    each[torch.arange(rows), targets.clamp(min=0)] = True
-    every = torch.rand(vocab, device=DEVICE) < 0.6
-    every[targets.clamp(min=0)] = True
-    temperatures = torch.rand(rows, device=DEVICE) + 0.3
-    return {
-        "plain": {},
-        "bias": {},
-        "softcap": {"softcap": 2.0},
-        "allowed": {"allowed": every},
-        "allowed_rows": {"allowed": each},
-        "temperatures": {"temperature": temperatures},
-        "all": {"softcap": 3.0, "allowed": each, "temperature": temperatures},
-    }[name]
 
 
 def run(function, hidden, head, bias, targets, cotangents, dtype=None, **given):
@@ -113,29 +70,6 @@ def test_values_and_gradients(name, shape):
     for truth, same_precision, bound, mine in zip(double[3:], plain32[3:], bounds, got[3:], strict=True):
         assert mine.dtype == torch.float32
         assert ((mine.double() - truth).abs() <= allowed_error(truth, same_precision, cancels=True) + bound).all()
-
-
-def gradient_bounds(hidden, head, bias, targets, cotangents, dtype, **given):
-    """What roundings of one logit's gradient can change in the gradients of hidden, head and bias: of the log-sum-exp
-    and 1 / temperature to float32, which are common to a row; of p, its factor, their product and that with the
-    slope; and, in half precision, of the whole to `dtype`."""
-    exact = [x.double().requires_grad_() if x is not None else None for x in (hidden, head, bias)]
-    products, z = logits_of(exact[0], exact[1], **{**given, "bias": exact[2]})
-    log_p, lse = z.log_softmax(-1), z.logsumexp(-1)
-    surprise = log_p.masked_fill(log_p == -torch.inf, 0.0)
-    entropy = -(log_p.exp() * surprise).sum(-1)
-    out = log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0], lse, entropy
-    g = torch.where(targets != -100, cotangents.double(), 0.0)
-    (d,) = torch.autograd.grad(out, products, list(g), retain_graph=True)
-    (slope,) = torch.autograd.grad(z.masked_fill(log_p == -torch.inf, 0.0).sum(), products)
-    tempered = isinstance(given.get("temperature"), torch.Tensor)
-    shift = 4 + lse.abs() + (z.masked_fill(log_p == -torch.inf, 0.0).abs().amax(-1) if tempered else 0)
-    shift = torch.finfo(torch.float32).eps / 2 * shift[:, None]
-    weight = g[:2].abs().sum(0)[:, None] + g[2].abs()[:, None] * (1 + (surprise + entropy[:, None]).abs())
-    d = shift * log_p.exp() * weight * slope + (0 if dtype == torch.float32 else d.abs() * torch.finfo(dtype).eps / 2)
-    d = d.detach()
-    bounds = [d @ exact[1].detach().abs(), d.T @ exact[0].detach().abs()]
-    return [*bounds, d.sum(0)] if bias is not None else bounds
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -283,8 +217,8 @@ def test_frozen_inputs_cost_no_product(monkeypatch):
     from foveate.kernels.policy_loss import triton_kernel
 
     products = []
-    multiply = triton_kernel._multiply
-    monkeypatch.setattr(triton_kernel, "_multiply", lambda a, b: products.append(1) or multiply(a, b))
+    multiply = triton_kernel.multiply
+    monkeypatch.setattr(triton_kernel, "multiply", lambda a, b: products.append(1) or multiply(a, b))
     hidden, head, bias, targets, _ = problem(3, 8, 2 * TILE)
     for needs in ((True, False, False), (False, True, False), (False, False, True), (True, True, True)):
         leaves = [x.clone().requires_grad_(needed) for x, needed in zip((hidden, head, bias), needs, strict=True)]

@@ -1,10 +1,13 @@
 """Log-probabilities of given tokens from the last hidden state, a chunk of tokens at a time.
 
-`forward` and `backward` take what `foveate.kernels.policy_loss.linear_logprobs` has checked, with a temperature for
-each row (float [N], in the dtype that is computed in) and `allowed` as it was given.
+`forward`, `backward` and `with_gradients` take what `foveate.kernels.policy_loss.linear_logprobs` has checked, with a
+temperature for each row (float [N], in the dtype that is computed in) and `allowed` as it was given.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,18 +37,8 @@ def forward(
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in _chunks(hidden.shape[0], lm_head.shape[0]):
             z, _ = _scaled(hidden[rows].to(dtype), head, offset, temperatures[rows], softcap, _part(allowed, rows))
-            # All three from z - max z: a rounding of the log-sum-exp would be common to a whole row.
-            peak = z.amax(-1, keepdim=True)
-            z.sub_(peak)
-            picked = z.gather(1, targets[rows].clamp(min=0)[:, None])[:, 0]
-            mass = z.exp()
-            total = mass.sum(-1)
-            log_total = total.log()
-            logprobs[rows] = picked - log_total
-            logsumexp[rows] = peak[:, 0] + log_total
-            if allowed is not None or bias is not None:  # else nothing is -inf
-                z.clamp_(min=LOWEST)
-            entropy[rows] = log_total - mass.mul_(z).sum(-1) / total
+            chunk = _softmax(z, targets[rows], infinite=allowed is not None or bias is not None)
+            logprobs[rows], logsumexp[rows], entropy[rows] = chunk.logprob, chunk.logsumexp, chunk.entropy
     ignored = targets == IGNORE
     for result in (logprobs, logsumexp, entropy):
         result.masked_fill_(ignored, 0.0)
@@ -100,6 +93,105 @@ def backward(
     d_head = None if d_head is None else d_head.to(lm_head.dtype)
     d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
     return d_hidden, d_head, d_bias
+
+
+def with_gradients(
+    hidden: torch.Tensor,
+    lm_head: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperatures: torch.Tensor,
+    softcap: float | None,
+    allowed: torch.Tensor | None,
+    logprobs: torch.Tensor,
+    entropy: torch.Tensor,
+    slopes: Callable[[], tuple[torch.Tensor, torch.Tensor | None]],
+    need_hidden: bool,
+    need_head: bool,
+    need_bias: bool,
+) -> Gradients:
+    """Fills log-probs and entropies, [N], and returns the gradients of hidden, lm_head and bias, of one product fewer.
+
+    slopes: called when those of a further chunk are filled; the derivatives of what is minimised by log-probs and by
+    entropies (None: 0), each [N], of which those of the chunk are read. The gradients are in the dtype of
+    `temperatures`; None where not needed.
+    """
+    dtype = temperatures.dtype
+    head, offset = lm_head.to(dtype), None if bias is None else bias.to(dtype)
+    ignored = targets == IGNORE
+    d_hidden = torch.empty_like(hidden, dtype=dtype) if need_hidden else None
+    d_head = torch.zeros_like(head) if need_head else None
+    d_bias = torch.zeros_like(head[:, 0]) if need_bias else None
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows in _chunks(hidden.shape[0], lm_head.shape[0]):
+            # A row that is ignored may hold NaN, which 0 times it would keep.
+            x = hidden[rows].to(dtype).masked_fill(ignored[rows, None], 0.0)
+            part = _part(allowed, rows)
+            z, slope = _scaled(x, head, offset, temperatures[rows], softcap, part)
+            chunk = _softmax(z, targets[rows], infinite=allowed is not None or bias is not None)
+            logprobs[rows] = chunk.logprob.masked_fill(ignored[rows], 0.0)
+            entropy[rows] = chunk.entropy.masked_fill(ignored[rows], 0.0)
+            grads = [g if g is None else g[rows].masked_fill(ignored[rows], 0.0) for g in slopes()]
+            d_logits = chunk.gradient(targets[rows], temperatures[rows], *grads)
+            if part is not None:
+                d_logits.masked_fill_(~part, 0.0)  # a target outside the allowed ids
+            d_logits = d_logits if slope is None else d_logits.mul_(slope)
+            if d_hidden is not None:
+                d_hidden[rows] = d_logits @ head
+            if d_head is not None:
+                d_head.addmm_(d_logits.T, x)
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+    return d_hidden, d_head, d_bias
+
+
+class _Softmax(NamedTuple):
+    """Of rows of z, centred by their largest: mass e^z, total of it, moments z e^z; and what follows of each row."""
+
+    logprob: torch.Tensor
+    logsumexp: torch.Tensor
+    entropy: torch.Tensor
+    mass: torch.Tensor
+    total: torch.Tensor
+    moments: torch.Tensor
+
+    def gradient(
+        self,
+        targets: torch.Tensor,
+        temperatures: torch.Tensor,
+        by_logprob: torch.Tensor,
+        by_entropy: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """By z times temperature, [rows, V], in the place of mass.
+
+        d logprob / d z_j = [j = target] - p_j,  d entropy / d z_j = -p_j (log p_j + entropy).
+        """
+        rate = by_logprob / temperatures
+        d = self.mass
+        if by_entropy is None:
+            d.mul_((-rate / self.total)[:, None])
+        else:
+            pull = by_entropy / temperatures
+            # log p = z - log(total)
+            d.mul_(((pull * (self.total.log() - self.entropy) - rate) / self.total)[:, None])
+            d.sub_(self.moments.mul_((pull / self.total)[:, None]))
+        return d.scatter_add_(1, targets.clamp(min=0)[:, None], rate[:, None])
+
+
+def _softmax(z: torch.Tensor, targets: torch.Tensor, infinite: bool) -> _Softmax:
+    """Of z [rows, V], in its place. infinite: whether an entry may be -inf."""
+    # All from z - max z: a rounding of the log-sum-exp would be common to a whole row.
+    peak = z.amax(-1, keepdim=True)
+    z.sub_(peak)
+    picked = z.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    mass = z.exp()
+    total = mass.sum(-1)
+    log_total = total.log()
+    if infinite:
+        z.clamp_(min=LOWEST)
+    moments = z.mul_(mass)
+    entropy = log_total - moments.sum(-1) / total
+    return _Softmax(picked - log_total, peak[:, 0] + log_total, entropy, mass, total, moments)
 
 
 def _grad_z(log_p, targets, entropy, kept, g_logprob, g_logsumexp, g_entropy) -> torch.Tensor:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from foveate.kernels.policy_loss import group_advantage, loss_denominator
+from foveate.kernels.policy_loss import group_advantage, kl_in_reward, loss_denominator
 from foveate.rollout import parallel
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.prefix_groups import Sample
@@ -22,13 +22,22 @@ logger = logging.getLogger("foveate.trainer")
 @dataclass(frozen=True, eq=False)
 class Batch:
     """This rank's part of one step. advantages: float32 [samples]. taught: bool [samples], those with a reward; the
-    others are no part of the loss. denominator: of the loss, the same on all ranks.
+    others are no part of the loss. denominator: of the loss, the same on all ranks. kl: float64 [samples], what the
+    penalty took from each reward over its weight, or None.
     """
 
     samples: list[Sample]
     advantages: torch.Tensor
     taught: torch.Tensor
     denominator: float
+    kl: torch.Tensor | None = None
+
+
+class KLPenalty(NamedTuple):
+    """Subtracted from rewards before advantages. of: samples -> float [N], of their tokens one after another, nats."""
+
+    of: Callable[[Sequence[Sample]], torch.Tensor]
+    weight: float
 
 
 class _Scored(NamedTuple):
@@ -44,17 +53,15 @@ def make_batch(
     tables: Sequence[RewardTable | None],
     config: GRPOConfig,
     weights: Mapping[str, float] | None,
+    penalty: KLPenalty | None = None,
 ) -> Batch:
     """The batch of groups and their rewards, None for a request that failed; in advantages, all ranks are one batch.
 
-    weights: of the parts of the reward, for advantage "gdpo". With a dense pruned_policy groups lose their plans.
-    Samples without a reward teach nothing, and take no weight from those that do. Raises RuntimeError if there is no
-    sample on any rank.
+    weights: of the parts of the reward, for advantage "gdpo"; penalty: for the others. With a dense pruned_policy
+    groups lose their plans. Samples without a reward teach nothing, and take no weight from those that do. Raises
+    RuntimeError if there is no sample on any rank.
     """
-    columns = None
-    if config.of_kind("advantage") == "gdpo":
-        assert weights is not None, config.advantage
-        columns = {name: weight for name, weight in weights.items() if weight != 0}
+    columns = _columns(config, weights)
     samples: list[Sample] = []
     scored: list[_Scored] = []
     sizes = []
@@ -68,6 +75,9 @@ def make_batch(
         samples += [Sample(group, group.rollouts[index]) for index in places]
         scored += [_score(table, index, len(group.rollouts[index].token_ids), columns) for index in places]
         sizes.append(len(places))
+    kl = None
+    if penalty is not None:
+        scored, kl = _penalised(samples, scored, penalty)
     everyone = parallel.gather(scored)
     if not everyone.items:
         errors = [group.error for group in groups if group.error]
@@ -77,7 +87,27 @@ def make_batch(
     aggregation = config.loss_options.resolve(config.kind).aggregation
     denominator = float(loss_denominator(lengths, aggregation, config.aggregation_length)) if len(lengths) else 1.0
     taught = torch.tensor([sample.scorable for sample in scored], dtype=torch.bool)
-    return Batch(samples, advantages[everyone.own], taught, denominator)
+    return Batch(samples, advantages[everyone.own], taught, denominator, kl)
+
+
+def _columns(config: GRPOConfig, weights: Mapping[str, float] | None) -> dict[str, float] | None:
+    """The parts of the reward that become columns, and their weights; None for one column, the totals."""
+    if config.of_kind("advantage") != "gdpo":
+        return None
+    assert weights is not None, config.advantage
+    return {name: weight for name, weight in weights.items() if weight != 0}
+
+
+def _penalised(
+    samples: Sequence[Sample], scored: Sequence[_Scored], penalty: KLPenalty
+) -> tuple[list[_Scored], torch.Tensor]:
+    """What is left of the rewards, and the sum of each sample's KL, float64."""
+    totals = torch.tensor([sample.columns[0] for sample in scored], dtype=torch.float64)
+    ids = torch.arange(len(scored)).repeat_interleave(torch.tensor([sample.length for sample in scored]).long())
+    values = penalty.of(samples).cpu()
+    left = kl_in_reward(totals, values, ids, penalty.weight).tolist()
+    sums = kl_in_reward(torch.zeros_like(totals), values, ids, -1.0)
+    return [sample._replace(columns=(total,)) for sample, total in zip(scored, left, strict=True)], sums
 
 
 def _advantages(

@@ -68,6 +68,9 @@ class GRPOConfig:
     aggregation_length: the constant of aggregation "constant", as of "dr_grpo": the most tokens of a completion.
     kl_coef, kl_schedule, kl_min, kl_max, kl_turn: see `foveate.rollout.schedules.kl_coef`; "grpo_d" goes from the
     middle of kl_min and kl_max down to kl_min after the share kl_turn of max_steps, and then up to kl_max.
+    kl_in: "loss" adds the penalty to each token's loss; "reward" subtracts it, summed over the completion, from the
+    sample's reward before the advantages, with the old log-probs in the place of the current ones (kl_kind "k1" is that
+    of RLOO, arXiv 2402.14740), for which "recompute" costs a forward more. Dynamic sampling sees rewards without it.
     old_logprobs: "recompute" by the trainer's own forward before the first update, or the "engine"'s.
     advantage, advantage_eps, advantage_ddof: see `foveate.kernels.policy_loss.group_advantage`. "reinforce++" kinds
     whiten over tokens; "gdpo" takes the parts of the reward, which must have `weights`.
@@ -118,6 +121,7 @@ class GRPOConfig:
     kl_min: float | None = None
     kl_max: float | None = None
     kl_turn: float = 0.3
+    kl_in: Literal["loss", "reward"] = "loss"
     correction: Literal["tis", "tis_sequence", "mis", "mis_sequence"] | None = None
     correction_low: float | None = None
     correction_high: float | None = None
@@ -154,6 +158,7 @@ class GRPOConfig:
         self._check("advantage_ddof", "0 or 1", lambda v: v in (0, 1))
         self._check_choices()
         self._check_kl_schedule()
+        self._check_kl_in_reward()
         self._check_pruned_share()
         self._check_kind()
 
@@ -161,6 +166,8 @@ class GRPOConfig:
         choices = {
             "schedule": ("constant", "linear", "cosine"),
             "kl_schedule": ("constant", "grpo_d"),
+            "kl_in": ("loss", "reward"),
+            "kl_kind": ("k1", "k2", "k3"),
             "kind": tuple(KINDS),
             "aggregation": ("kind", "token", "sequence", "constant"),
             "advantage": ("kind", *ADVANTAGE_KINDS),
@@ -187,6 +194,23 @@ class GRPOConfig:
             "kl_max", f"a number >= kl_min, {self.kl_min}", lambda v: v is not None and self.kl_min <= v < math.inf
         )
         self._check("kl_turn", "a number in (0, 1)", lambda v: 0 < v < 1)
+
+    def _check_kl_in_reward(self) -> None:
+        if self.kl_in == "loss":
+            return
+        self._check(
+            "kl_in", "'loss' without a weight of the penalty (kl_coef, kl_schedule)", lambda _: self.needs_reference
+        )
+        straight = "'straight_through' for kl_in='reward', which has no gradient"
+        self._check("kl_gradient", straight, lambda v: v == "straight_through")
+        self._check("kl_ratio_weighted", "False for kl_in='reward': it knows no current policy", lambda v: not v)
+        advantage = self.of_kind("advantage")
+        by_token = (
+            "'loss' for advantage 'reinforce++': its return differs between the tokens of a sample, which have one"
+        )
+        require(advantage != "reinforce++", f"{by_token} advantage here", self.kl_in, "kl_in")
+        by_part = "'loss' for advantage 'gdpo': it normalises each part of the reward, of which KL is none"
+        require(advantage != "gdpo", by_part, self.kl_in, "kl_in")
 
     def _check_pruned_share(self) -> None:
         self._check("pruned_share", "a number in [0, 1]", lambda v: 0 <= v <= 1)
@@ -221,11 +245,11 @@ class GRPOConfig:
 
     @property
     def loss_options(self) -> PolicyLossOptions:
-        """For the loss; its kl_coef is that of a constant schedule."""
+        """For the loss; its kl_coef is that of a constant schedule, 0 for a penalty in the reward."""
         return PolicyLossOptions(
             **{name: self.of_kind(name) for name in OF_KIND},
             **{name: getattr(self, name) for name in OF_LOSS},
-            kl_coef=self.kl_coef,
+            kl_coef=self.kl_coef if self.kl_in == "loss" else 0.0,
         )
 
     @property

@@ -10,7 +10,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from foveate.kernels.policy_loss import PolicyLoss, PolicyLossOptions, add_metrics, linear_policy_loss
+from foveate.kernels.policy_loss import (
+    PolicyLoss,
+    PolicyLossOptions,
+    add_metrics,
+    kl_estimate,
+    linear_policy_loss,
+)
 from foveate.rollout import metrics, models, parallel
 from foveate.rollout.batch import Batch
 from foveate.rollout.config import require
@@ -54,7 +60,7 @@ class Learner:
         """
         config = self.config
         options = replace(config.loss_options, kl_coef=config.kl_coef if kl_coef is None else kl_coef)
-        parts = list(micro_batches(batch.samples, config.micro_batch_size, config.micro_batch_tokens, self.packer))
+        parts = list(self._micro_batches(batch.samples))
         fixed: list[dict[str, torch.Tensor]] = [{} for _ in parts]  # log-probs of each that no update changes
         seen: list[Mapping[str, torch.Tensor]] = []
         norms = []
@@ -83,6 +89,35 @@ class Learner:
         report["throughput/tokens_forwarded"] = float(sum(parallel.gather([forwarded]).items))
         return {**report, "optim/grad_norm": float(torch.stack(norms).mean()), "optim/lr": rate}
 
+    @torch.no_grad()
+    def kl(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """kl_kind's estimate of KL(old || reference) at every token of the samples, float [N], nats.
+
+        Old log-probs are those of the model as it stands, or the engine's, as the configuration has it.
+        """
+        assert self.ref_spec is not None
+        parts = []
+        for part in self._micro_batches(samples):
+            old = self._engine_logprobs(samples[part])
+            if self.config.old_logprobs == "recompute":
+                old = self._logprobs(self.spec, samples[part])
+            parts.append(kl_estimate(old, self._logprobs(self.ref_spec, samples[part]), self.config.kl_kind))
+        return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
+
+    def _micro_batches(self, samples: Sequence[Sample]) -> Iterator[slice]:
+        return micro_batches(samples, self.config.micro_batch_size, self.config.micro_batch_tokens, self.packer)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _engine_logprobs(self, samples: Sequence[Sample]) -> torch.Tensor:
+        return torch.cat([sample.rollout.logprobs for sample in samples]).to(self.device)
+
+    def _logprobs(self, spec: models.ModelSpec, samples: Sequence[Sample]) -> torch.Tensor:
+        """Under a model, float32 [N]; without gradients, where the caller has none."""
+        with self._autocast():
+            return policy_logprobs(spec, samples, prefix_grouping=self.config.prefix_grouping).logprobs
+
     def _loss(
         self, batch: Batch, part: slice, fixed: dict[str, torch.Tensor], options: PolicyLossOptions
     ) -> PolicyLoss:
@@ -94,10 +129,10 @@ class Learner:
         lengths = torch.tensor([len(sample.rollout.token_ids) for sample in samples])
         ids = torch.arange(len(samples)).repeat_interleave(lengths)
         first = not fixed
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self._autocast():
             hidden, targets, temperatures = predict(self.spec, samples, self.packer)
-            if first:
-                fixed |= self._fixed_logprobs(samples)
+        if first:
+            fixed |= self._fixed_logprobs(samples)
         out = linear_policy_loss(
             hidden,
             head.weight,
@@ -122,14 +157,13 @@ class Learner:
     @torch.no_grad()
     def _fixed_logprobs(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """Log-probs float32 [N] of the engine's model, of its draws, of the reference, of the old policy if known."""
-        engine = torch.cat([sample.rollout.logprobs for sample in samples]).to(self.device)
+        engine = self._engine_logprobs(samples)
         behaviour = torch.cat([sample.rollout.behaviour_logprobs for sample in samples]).to(self.device)
         fixed = {"engine": engine, "behaviour": behaviour}
         if self.config.old_logprobs == "engine":
             fixed["old"] = engine
-        if self.ref_spec is not None:
-            grouping = self.config.prefix_grouping
-            fixed["ref"] = policy_logprobs(self.ref_spec, samples, prefix_grouping=grouping).logprobs
+        if self.ref_spec is not None and self.config.kl_in == "loss":
+            fixed["ref"] = self._logprobs(self.ref_spec, samples)
         return fixed
 
 

@@ -5,6 +5,8 @@ nothing to take the mean of.
 
 step                          rollout batches done, this one included
 reward/total, reward/<part>   mean over samples: the weighted sum, and each unweighted part
+reward/kl                     where the KL penalty is part of the reward: mean over the step's samples of its sum over
+                              tokens, which reward/kl_coef weighs; reward/total and group/ are without it
 group/variance                mean over groups of the variance of the totals (ddof 1)
 group/zero_variance_share     share of the groups of two or more scored samples that teach nothing: all totals equal
 group/failed                  requests the engine could not serve
@@ -85,6 +87,11 @@ def reward_metrics(tables: Sequence[RewardTable]) -> dict[str, float]:
     metrics = {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
     missing = sum(len(table.totals) for table in tables) - len(values["reward/total"])
     return {**metrics, **unscorable, "sample/unscorable": float(missing)}
+
+
+def reward_kl_metrics(sums: Sequence[float], weight: float) -> dict[str, float]:
+    """Of a KL penalty in the reward, from what each sample's tokens add up to."""
+    return {"reward/kl": sum(sums) / len(sums), "reward/kl_coef": weight}
 
 
 def completion_metrics(ends: Sequence[tuple[int, FinishReason]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from foveate.rollout import checkpoint, metrics, parallel, resumption, schedules
-from foveate.rollout.batch import make_batch
+from foveate.rollout.batch import KLPenalty, make_batch
 from foveate.rollout.collect import Collector, seed_of
 from foveate.rollout.config import require
 from foveate.rollout.engine import Engine
@@ -108,10 +108,11 @@ class Trainer:
         """
         clock = metrics.Clock()
         found = Collector(self.engine, self.reward, self.config, clock).collect(requests, self.step, iter(more))
-        batch = make_batch(found.groups, found.tables, self.config, self._weights)
         rate, kl_coef = (schedule(self.config, self.step) for schedule in (schedules.learning_rate, schedules.kl_coef))
+        penalty = KLPenalty(self.learner.kl, kl_coef) if self.config.kl_in == "reward" else None
         with clock.phase("update"):
-            report = self.learner.update(batch, rate, kl_coef)
+            batch = make_batch(found.groups, found.tables, self.config, self._weights, penalty)
+            report = self.learner.update(batch, rate, kl_coef if penalty is None else 0.0)
         with clock.phase("sync"):
             self.engine.update_weights()
         self.step += 1
@@ -120,6 +121,8 @@ class Trainer:
         rollouts = [sample.rollout for sample in batch.samples]
         ends = parallel.gather([(len(rollout.token_ids), rollout.finish_reason) for rollout in rollouts]).items
         report |= metrics.reward_metrics([table for table in everyone if table is not None])
+        if batch.kl is not None:
+            report |= metrics.reward_kl_metrics(parallel.gather(batch.kl.tolist()).items, kl_coef)
         report |= metrics.completion_metrics(ends)
         report |= clock.metrics(sum(length for length, _ in ends))
         report |= {"step": float(self.step), "group/failed": float(everyone.count(None))}

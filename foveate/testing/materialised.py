@@ -76,7 +76,7 @@ def gradient_bounds(
 ) -> list[torch.Tensor]:
     """What roundings of one logit's gradient can change in the gradients of hidden, head and bias: of the log-sum-exp
     and 1 / temperature to float32, which are common to a row; of p, its factor, their product and that with the
-    slope; of the cap's slope 1 - tanh^2, where tanh is right to two ulp; and, in half precision, of the whole to `dtype`.
+    slope; of the cap's slope 1 - tanh^2, with tanh right to two ulp; and, in half precision, of the whole to `dtype`.
     """
     exact = [x.double().requires_grad_() for x in (hidden, head)]
     products, z = logits_of(*exact, **{**given, "bias": None if bias is None else bias.double()})

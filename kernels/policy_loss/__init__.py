@@ -1,7 +1,7 @@
 """Rewards to group advantages, hidden states to log-probabilities of given tokens, and both to a loss and its gradient.
 
-Nothing writes a `[tokens, vocabulary]` tensor: logits live for a tile or a chunk of tokens, and are computed again in
-the backward pass.
+Nothing writes a `[tokens, vocabulary]` tensor: logits live for a tile or a chunk of tokens. A loss has its gradients
+from the same pass where a token's follows from its own log-prob; else logits are computed again.
 """
 
 from foveate.kernels.policy_loss.advantage import ADVANTAGE_KINDS, group_advantage
@@ -9,6 +9,7 @@ from foveate.kernels.policy_loss.logprobs import IGNORE, LinearLogprobs, linear_
 from foveate.kernels.policy_loss.loss import (
     PolicyLoss,
     add_metrics,
+    kl_estimate,
     kl_in_reward,
     linear_policy_loss,
     logprob_policy_loss,
@@ -26,6 +27,7 @@ __all__ = [
     "PolicyLossOptions",
     "add_metrics",
     "group_advantage",
+    "kl_estimate",
     "kl_in_reward",
     "linear_logprobs",
     "linear_policy_loss",

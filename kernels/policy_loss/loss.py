@@ -176,6 +176,16 @@ def loss_denominator(lengths: torch.Tensor, aggregation: str, constant: int | No
     return torch.full((), float(lengths.numel() * scale), dtype=torch.float64, device=lengths.device)
 
 
+def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
+    """k1 = d, k2 = d^2 / 2 or k3 = e^-d + d - 1 at each drawn token, [N], d = logprobs - ref_logprobs, clamped to +-20.
+
+    The value, without gradient: what `kl_in_reward` takes. logprobs: float [N], those of the policy that drew. Source:
+    J. Schulman, "Approximating KL divergence". Raises ValueError for another kind.
+    """
+    require(kind in ("k1", "k2", "k3"), "k1, k2 or k3", kind, "kind")
+    return reference.kl_penalty(logprobs.detach(), ref_logprobs.detach(), kind, "value")
+
+
 def kl_in_reward(rewards: torch.Tensor, kl: torch.Tensor, sequence_ids: torch.Tensor, kl_coef: float) -> torch.Tensor:
     """r_s - kl_coef sum of kl over the tokens of sequence s, float [S]: KL in the reward, before advantages.
 

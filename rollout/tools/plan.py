@@ -19,7 +19,9 @@ from foveate.rollout.tools.sizes import Sizes
 
 GIB = 1 << 30
 RESERVE = 0.06  # of a GPU's memory: context, libraries, fragments
-CHUNK_BYTES = 1 << 29  # of logits' gradients, as `foveate.kernels.policy_loss.triton_kernel` holds them at a time
+# Of logits and their gradients, as `foveate.kernels.policy_loss.triton_logits` holds them at a time, where of bfloat16
+# there are logits for a part of the tokens whose gradients are held.
+CHUNK_BYTES, CHUNK_PARTS = 1 << 31, 4
 FLOAT32 = 4
 
 
@@ -173,13 +175,15 @@ def tower_activations(sizes: Sizes, work: Workload) -> int:
 
 
 def loss_workspace(sizes: Sizes, work: Workload) -> int:
-    """Estimate for a micro-batch: hidden states of its tokens and their gradient in float32, the LM head's gradient
-    before it is added, and of a chunk of ids the logits' gradients and their part of the head's, in float32."""
+    """Estimate for a micro-batch: hidden states of its tokens and the gradients of these and of the LM head in float32;
+    and of a chunk of tokens logits in float32 and their gradients or, later, the head's gradient in its own dtype."""
     tokens = Rows.of(sizes, work).micro_batch(work)
-    chunk = min(CHUNK_BYTES // (tokens * work.itemsize), sizes.vocab)
-    states = 2 * tokens * sizes.hidden * FLOAT32
-    head = sizes.vocab * sizes.hidden * work.itemsize
-    return states + head + chunk * (tokens * work.itemsize + sizes.hidden * FLOAT32)
+    parts = CHUNK_PARTS if work.itemsize < FLOAT32 else 1
+    gradients = work.itemsize if work.itemsize < FLOAT32 else 0  # in the logits' place
+    block = CHUNK_BYTES // (sizes.vocab * (gradients + FLOAT32 // parts))
+    chunk = sizes.vocab * (min(tokens, block) * gradients + min(tokens, block // parts) * FLOAT32)
+    head = sizes.vocab * sizes.hidden
+    return 2 * tokens * sizes.hidden * FLOAT32 + head * FLOAT32 + max(chunk, head * work.itemsize)
 
 
 def memory(sizes: Sizes, work: Workload) -> dict[str, int]:

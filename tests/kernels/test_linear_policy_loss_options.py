@@ -279,3 +279,41 @@ def test_gspo_and_gspo_token_have_one_gradient_without_token_corrections():
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-15)
     assert grads[0].any()
+
+
+EVERY_OPTION = {
+    "plain": {},
+    "sequence": {"aggregation": "sequence"},
+    "tis": {"correction": "tis"},
+    "tis_sequence": {"correction": "tis_sequence"},
+    "mis_sequence": {"correction": "mis_sequence", "correction_low": 0.5, "correction_high": 2.0},
+    "geometric": {"rejection": "geometric", "rejection_low": 0.9, "rejection_high": 1.1},
+    "k3": {"rejection": "k3", "rejection_high": 0.05},
+    "off_policy": {"off_policy_limit": 0.1},
+    "kl": {"kl_coef": 0.3, "entropy_coef": 0.1},
+}
+
+
+@pytest.mark.parametrize("on_policy", [False, True], ids=["old", "on_policy"])
+@pytest.mark.parametrize("name", EVERY_OPTION)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("dapo", "dr_grpo")])
+def test_which_gradients_need_whole_sequences(kind, name, on_policy):
+    """Whether other tokens' log-probs move a token's gradient, tried: those that come later are 0, or far away."""
+    draw = torch.Generator().manual_seed(3)
+    formula = PolicyLossOptions(**EVERY_OPTION[name]).resolve(kind)
+    moved = False
+    for _ in range(40):
+        values = -3 * torch.rand(6, generator=draw, dtype=torch.float64)
+        others = {n: values + 0.2 * torch.randn(6, generator=draw).double() for n in ("old", "rollout", "ref")}
+        slopes = []
+        for filled in (values, torch.cat([values[:2], torch.zeros(4)]), torch.cat([values[:2], values[2:] - 4])):
+            leaf = filled.detach().requires_grad_()
+            out = logprob_policy_loss(
+                leaf, torch.ones(6).double(), advantages=torch.tensor([-1.0]).double(), denominator=1.0,
+                sequence_ids=torch.zeros(6, dtype=torch.int32), old_logprobs=None if on_policy else others["old"],
+                rollout_logprobs=others["rollout"], ref_logprobs=others["ref"], kind=kind,
+                options=PolicyLossOptions(**EVERY_OPTION[name]),
+            )  # fmt: skip
+            slopes.append(torch.autograd.grad(out.loss, leaf)[0][:2])
+        moved |= any(not torch.equal(slopes[0], x) for x in slopes[1:])
+    assert formula.needs_sequences(on_policy) == moved

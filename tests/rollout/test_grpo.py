@@ -132,6 +132,11 @@ def test_every_option_of_the_loss_reaches_it():
         ({"kl_schedule": "grpo_d", "max_steps": 9, "kl_min": 0.1, "kl_max": 0.2, "kl_coef": 0.1}, "kl_coef"),
         ({"kl_schedule": "grpo_d", "max_steps": 9, "kl_min": 0.1, "kl_max": 0.2, "kl_turn": 0.0}, "kl_turn"),
         ({"kl_max": 0.1}, "kl_max"),
+        ({"kl_in": "advantage"}, "kl_in"),
+        ({"kl_in": "reward"}, "kl_in"),  # nothing weighs it
+        ({"kl_in": "reward", "kl_coef": 0.1, "kl_gradient": "value"}, "kl_gradient"),
+        ({"kl_in": "reward", "kl_coef": 0.1, "advantage": "reinforce++"}, "kl_in"),
+        ({"kl_in": "reward", "kl_coef": 0.1, "advantage": "gdpo"}, "kl_in"),
         ({"advantage_ddof": 2}, "advantage_ddof"),
         ({"precision": "fp16"}, "precision"),
         ({"schedule": "cosine"}, "max_steps"),

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from foveate.kernels.policy_loss import triton_kernel
+from foveate.kernels.policy_loss import triton_logits
 from foveate.rollout import cli, models
 from foveate.rollout.batch import Batch
 from foveate.rollout.config import EngineConfig, SamplingParams
@@ -279,13 +279,19 @@ def test_an_unknown_model_is_named(capsys):
 
 
 def test_the_loss_workspace_is_that_of_the_kernel():
-    """A chunk of ids takes the kernel's bytes, unless all ids need fewer."""
-    assert plan.CHUNK_BYTES == triton_kernel.CHUNK_BYTES
+    """The kernel's own buffers, unless the gradient of the LM head in its own dtype is larger."""
+    assert (plan.CHUNK_BYTES, plan.CHUNK_PARTS) == (triton_logits.CHUNK_BYTES, triton_logits.PARTS)
     sizes = sizes_of("Qwen2.5-VL-3B")
-    for micro_batch, whole in ((1, True), (1 << 16, False)):
-        work = Workload(micro_batch=micro_batch, prompt=64, completion=64)
+    for completion, larger in ((64, "head"), (2048, "chunk"), (1 << 14, "chunk")):
+        work = Workload(micro_batch=4, prompt=64, completion=completion)
         tokens = Rows.of(sizes, work).micro_batch(work)
-        ids = sizes.vocab if whole else plan.CHUNK_BYTES // (2 * tokens)
-        assert (ids < sizes.vocab) != whole
-        expected = 8 * tokens * sizes.hidden + 2 * sizes.vocab * sizes.hidden + ids * (2 * tokens + 4 * sizes.hidden)
-        assert memory(sizes, work)["loss workspace"] == expected
+        hidden = torch.empty(tokens, 1, dtype=torch.bfloat16, device="meta")
+        buffers = triton_logits._Buffers.of(hidden, sizes.vocab)
+        held = buffers.logits.nbytes + buffers.gradients.nbytes
+        head = sizes.vocab * sizes.hidden
+        assert (held > 2 * head) == (larger == "chunk"), (held, head)
+        workspace = memory(sizes, work)["loss workspace"]
+        expected = 8 * tokens * sizes.hidden + 4 * head + max(held, 2 * head)
+        # The kernel's blocks are whole steps of tokens.
+        step = triton_logits.STEP * sizes.vocab * 3
+        assert expected <= workspace <= expected + (step if tokens > buffers.block else 0)

@@ -1,0 +1,156 @@
+"""KL in the reward: the penalty of each sample by transformers' own forward, and what training makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from foveate.rollout.batch import KLPenalty, make_batch
+from foveate.rollout.config import EngineConfig, SamplingParams
+from foveate.rollout.engine import Engine
+from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.learner import Learner
+from foveate.rollout.prefix_groups import Sample
+from foveate.rollout.rewards import RewardTable
+from foveate.rollout.testing import tiny_model
+from foveate.rollout.trainer import Trainer
+from foveate.rollout.types import Request
+
+TOLERANCE = 5e-5  # of log-probs at initializer_range 0.2
+SMALL = EngineConfig(page_size=16, kv_memory=4 << 20)
+IN_REWARD = {"kl_in": "reward", "kl_coef": 0.2, "progress": "none"}
+ESTIMATES = {"k1": lambda d: d, "k2": lambda d: d**2 / 2, "k3": lambda d: torch.exp(-d) + d - 1}
+
+
+def requests(count=2, n=3):
+    params = SamplingParams(max_tokens=5, temperature=0.7)
+    return [Request([7 + i, 40, 99], n=n, sampling=params, request_id=f"p{i}") for i in range(count)]
+
+
+def truth(model, group, rollout):
+    """log-softmax(logits / T) of the completion by transformers' forward of the whole sequence alone."""
+    ids, count = torch.cat([group.prompt_ids, rollout.token_ids]), len(rollout.token_ids)
+    with torch.no_grad():
+        logits = model(input_ids=ids[None]).logits[0, -count - 1 : -1].double() / 0.7
+    return logits.log_softmax(-1).gather(1, rollout.token_ids[:, None])[:, 0]
+
+
+def generated(model):
+    groups = Engine(model, config=SMALL).generate(requests(), progress=False)
+    return [Sample(group, rollout) for group in groups for rollout in group.rollouts]
+
+
+@pytest.mark.parametrize("options", [{}, {"old_logprobs": "engine"}, {"micro_batch_size": 1, "prefix_grouping": False}],
+                         ids=["recompute", "engine", "alone"])  # fmt: skip
+@pytest.mark.parametrize("kind", ESTIMATES)
+def test_the_penalty_of_each_token(kind, options):
+    """Between the model as it stands and the reference; with "engine", between its log-probs and the reference."""
+    model, reference = tiny_model("qwen3"), tiny_model("qwen3", seed=1)
+    samples = generated(model)
+    learner = Learner(model, reference, GRPOConfig(**IN_REWARD, kl_kind=kind, **options))
+    got = learner.kl(samples)
+    pairs = [
+        (
+            s.rollout.logprobs.double() if "old_logprobs" in options else truth(model, s.group, s.rollout),
+            truth(reference, s.group, s.rollout),
+        )
+        for s in samples
+    ]
+    d = torch.cat([old - ref for old, ref in pairs])
+    assert d.abs().max() > 0.5
+    # An estimate moves by its slope times what the two log-probs are off.
+    slope = {"k1": torch.ones_like(d), "k2": d.abs(), "k3": (1 - torch.exp(-d)).abs()}[kind]
+    assert ((got - ESTIMATES[kind](d)).abs() <= 2 * TOLERANCE * (slope + 2 * TOLERANCE)).all()
+    assert not got.requires_grad
+    assert learner.kl([]).shape == (0,)
+
+
+def make(lengths, totals, penalty, **options):
+    groups = [
+        SimpleNamespace(
+            rollouts=[SimpleNamespace(token_ids=torch.zeros(n, dtype=torch.int64)) for n in group], request_id="p"
+        )
+        for group in lengths
+    ]
+    return make_batch(groups, [RewardTable({}, t) for t in totals], GRPOConfig(**options), None, penalty)
+
+
+def test_rewards_lose_the_sum_over_their_tokens():
+    """r - 0.5 sum of KL: 0 - 0.5 * 3 = -1.5, 1 - 0.5 * 1 = 0.5; 0 - 0.5 * 2 = -1, and one that cannot be scored."""
+    values = torch.tensor([1.0, 2.0, 0.25, 0.25, 0.5, 2.0, 9.0, 9.0])
+    penalty = KLPenalty(lambda samples: values, 0.5)
+    lengths, totals = [[2, 3], [1, 2]], [[0.0, 1.0], [0.0, None]]
+    given = {"advantage": "rloo", "kl_in": "reward", "kl_coef": 0.5}
+    batch = make(lengths, totals, penalty, **given)
+    assert batch.advantages.tolist() == pytest.approx([-2.0, 2.0, 0.0, 0.0])
+    assert batch.kl.tolist() == pytest.approx([3.0, 1.0, 2.0, 18.0])
+    assert batch.taught.tolist() == [True, True, True, False]
+    assert make(lengths, totals, None, advantage="rloo").advantages.tolist() == [-1.0, 1.0, 0.0, 0.0]
+    # Equal rewards are no longer equal: KL alone says what to do.
+    same = make([[2, 3]], [[1.0, 1.0]], KLPenalty(lambda samples: values[:5], 0.5), **given)
+    assert same.advantages.tolist() == pytest.approx([-1.0, 1.0])
+
+
+def low(group):
+    return RewardTable({}, [float((r.token_ids < 100).float().mean()) for r in group.rollouts])
+
+
+def trained(reference, reward, config, **given):
+    model = tiny_model("qwen3")
+    trainer = Trainer(model, Engine(model, config=SMALL), reward, config, ref_model=reference, **given)
+    return trainer, trainer.train_step(requests())
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce++_baseline"])
+@pytest.mark.parametrize("old", ["recompute", "engine"])
+def test_a_step_is_that_of_rewards_without_the_penalty(advantage, old):
+    """The same weights after a step as where the reward function itself subtracts transformers' KL; no term is left in
+    the loss."""
+    reference, before = tiny_model("qwen3", seed=1), tiny_model("qwen3")
+    options = {"learning_rate": 1e-3, "advantage": advantage, "old_logprobs": old, "seed": 3}
+    trainer, record = trained(reference, low, GRPOConfig(**IN_REWARD, kl_kind="k1", **options))
+    sums = []
+
+    def by_hand(group):
+        kl = [float((truth(before, group, r) - truth(reference, group, r)).sum()) for r in group.rollouts]
+        sums.extend(kl)
+        return RewardTable({}, [t - 0.2 * x for t, x in zip(low(group).totals, kl, strict=True)])
+
+    expected, by_hand_record = trained(None, by_hand, GRPOConfig(progress="none", **options))
+    plain, _ = trained(None, low, GRPOConfig(progress="none", **options))
+    gap, moved = (
+        max(
+            (p - q).abs().max().item()
+            for p, q in zip(trainer.model.parameters(), other.model.parameters(), strict=True)
+        )
+        for other in (expected, plain)
+    )
+    assert gap < 1e-5 < 1e-4 < moved  # Adam's first step is the rate times the gradient's sign, 1e-3, where it is not 0
+    assert record.metrics["reward/kl"] == pytest.approx(sum(sums) / len(sums), abs=10 * TOLERANCE)
+    assert record.metrics["reward/kl_coef"] == 0.2
+    assert record.metrics["reward/total"] == pytest.approx(sum(sum(low(g).totals) for g in record.groups) / 6)
+    assert record.metrics["policy/loss"] == pytest.approx(by_hand_record.metrics["policy/loss"], abs=1e-4)
+    assert "policy/kl" not in record.metrics
+    assert "reward/kl" not in by_hand_record.metrics
+
+
+def test_the_weight_follows_its_schedule():
+    config = GRPOConfig(kl_in="reward", kl_schedule="grpo_d", kl_min=0.1, kl_max=0.3, max_steps=10, progress="none")
+    trainer, record = trained(tiny_model("qwen3", seed=1), low, config)
+    assert record.metrics["reward/kl_coef"] == pytest.approx(0.2)
+    later = trainer.train_step(requests())
+    assert later.metrics["reward/kl_coef"] == pytest.approx(0.2 - 0.1 / 3)
+
+
+def test_no_reference_is_refused():
+    with pytest.raises(ValueError, match=r"\(ref_model\)"):
+        trained(None, low, GRPOConfig(**IN_REWARD))
+
+
+def test_the_loss_has_no_kl_term():
+    config = GRPOConfig(**IN_REWARD)
+    assert config.loss_options.kl_coef == 0
+    assert replace(config, kl_in="loss").loss_options.kl_coef == 0.2

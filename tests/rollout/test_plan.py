@@ -294,4 +294,4 @@ def test_the_loss_workspace_is_that_of_the_kernel():
         expected = 8 * tokens * sizes.hidden + 4 * head + max(held, 2 * head)
         # The kernel's blocks are whole steps of tokens.
         step = triton_logits.STEP * sizes.vocab * 3
-        assert expected <= workspace <= expected + (step if tokens > buffers.block else 0)
+        assert expected <= workspace <= expected + (step if tokens > buffers.part else 0)

@@ -120,7 +120,7 @@ def with_gradients(
     head, offset = lm_head.to(dtype), None if bias is None else bias.to(dtype)
     ignored = targets == IGNORE
     d_hidden = torch.empty_like(hidden, dtype=dtype) if need_hidden else None
-    d_head = torch.zeros_like(head) if need_head else None
+    d_head = torch.zeros_like(head) if need_head and not len(hidden) else None
     d_bias = torch.zeros_like(head[:, 0]) if need_bias else None
     with torch.autocast(hidden.device.type, enabled=False):
         for rows in _chunks(hidden.shape[0], lm_head.shape[0]):
@@ -138,8 +138,8 @@ def with_gradients(
             d_logits = d_logits if slope is None else d_logits.mul_(slope)
             if d_hidden is not None:
                 d_hidden[rows] = d_logits @ head
-            if d_head is not None:
-                d_head.addmm_(d_logits.T, x)
+            if need_head:
+                d_head = d_logits.T @ x if d_head is None else d_head.addmm_(d_logits.T, x)
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
     return d_hidden, d_head, d_bias

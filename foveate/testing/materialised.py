@@ -78,7 +78,7 @@ def gradient_bounds(
     and 1 / temperature to float32, which are common to a row; of p, its factor, their product and that with the
     slope; of the cap's slope 1 - tanh^2, with tanh right to two ulp; and, in half precision, of the whole to `dtype`.
     """
-    exact = [x.double().requires_grad_() for x in (hidden, head)]
+    exact = hidden.double().requires_grad_(), head.double().requires_grad_()
     products, z = logits_of(*exact, **{**given, "bias": None if bias is None else bias.double()})
     log_p, lse = z.log_softmax(-1), z.logsumexp(-1)
     surprise = log_p.masked_fill(log_p == -torch.inf, 0.0)

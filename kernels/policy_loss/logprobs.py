@@ -89,7 +89,8 @@ class LogitChunks:
     ):
         self._module, self._given = _checked(hidden, lm_head, targets, temperature, bias, softcap, allowed, backend)
         self._needed = [x is not None and x.requires_grad for x in (hidden, lm_head, bias)]
-        self.logprobs, self.entropy = torch.zeros((2, len(targets)), dtype=self._given[4].dtype, device=hidden.device)
+        # Each of its own memory: where a vector begins is part of what Triton compiles for.
+        self.logprobs, self.entropy = (torch.zeros_like(self._given[4]) for _ in range(2))
 
     def gradients(self, slopes: Slopes) -> Gradients:
         """Of hidden, lm_head and bias, in the dtype of log-probs; None for what requires no gradient.

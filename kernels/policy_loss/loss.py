@@ -83,8 +83,8 @@ def linear_policy_loss(
     hidden and lm_head is frozen. A ratio of whole sequences (gspo, gspo_token) to given old log-probs, a correction or
     rejection of whole sequences without them, and off_policy_limit take the log-probs of a whole sequence first, and
     the logits are computed twice. Gradients accumulate in float32 and are rounded to their dtype once, when they are
-    scaled; between the passes they take (N + V) D elements, in float32. Which tokens lie in a chunk, and so the
-    rounding of products, depends on V and on a token's place alone. There is no second derivative: RuntimeError.
+    scaled; between the passes they take (N + V) D elements, in float32. Which tokens lie in a chunk depends on V
+    and on their places alone. There is no second derivative: RuntimeError.
     """
     kept = targets != IGNORE
     if mask is not None:
@@ -92,7 +92,7 @@ def linear_policy_loss(
             mask.dtype == torch.bool and mask.shape == kept.shape, f"bool {list(kept.shape)}", kind_of(mask), "mask"
         )
         kept &= mask
-    given = {
+    given: dict[str, Any] = {
         "advantages": advantages,
         "sequence_ids": sequence_ids,
         "denominator": denominator,
@@ -104,7 +104,13 @@ def linear_policy_loss(
         "options": options,
         "backend": backend,
     }
-    form = {"temperature": temperature, "bias": bias, "softcap": softcap, "allowed": allowed, "backend": backend}
+    form: dict[str, Any] = {
+        "temperature": temperature,
+        "bias": bias,
+        "softcap": softcap,
+        "allowed": allowed,
+        "backend": backend,
+    }
     leaves = hidden, lm_head, bias
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     if not trained or options.resolve(kind).needs_sequences(old_logprobs is None):

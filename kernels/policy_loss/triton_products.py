@@ -8,7 +8,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 # Before, torch added a product of half precision to no float32 matrix.
-ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= (2, 11)
+ADDS_TO_FLOAT32 = TorchVersion(torch.__version__) >= "2.11"
 
 
 def operands(hidden: torch.Tensor, lm_head: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

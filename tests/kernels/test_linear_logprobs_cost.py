@@ -74,12 +74,14 @@ def test_compile_is_for_every_number_of_rows():
         from triton.backends.compiler import GPUTarget
         from triton.compiler import make_backend
         from triton.runtime.jit import create_function_from_signature
-        from foveate.kernels.policy_loss import triton_kernel as family
+        from foveate.kernels.policy_loss import triton_kernel as family, triton_logits
 
         backend, keys = make_backend(GPUTarget("cuda", 90, 32)), {}
-        names = ("logprob_partials_kernel", "logprob_reduce_kernel", "logit_gradients_kernel")
+        triton_logits.CHUNK_BYTES = 1  # blocks of STEP tokens
+        names = ("logprob_partials_kernel", "logprob_reduce_kernel", "logit_gradients_kernel", "row_partials_kernel",
+                 "row_gradients_kernel")
         for name in names:
-            kernel = getattr(family, name)
+            kernel = getattr(triton_logits if name.startswith("row") else family, name)
             binder = create_function_from_signature(kernel.signature, kernel.params, backend)
             def record(*args, grid, warmup, name=name, binder=binder, **kwargs):
                 keys.setdefault(name, set()).add(str(binder(*args, **kwargs, debug=False)[1:]))
@@ -91,6 +93,9 @@ def test_compile_is_for_every_number_of_rows():
             given = (hidden, head, bias, targets, torch.ones(rows), 30.0, allowed)
             results = family.forward(*given)
             family.backward(*given, *results[1:], *(torch.ones(rows) for _ in range(3)), False, False, False)
+            if rows < 10_000:
+                both = torch.zeros(rows), torch.zeros(rows)
+                family.with_gradients(*given, *both, lambda: (both[0], None), False, False, False)
         print({name: len(found) for name, found in keys.items()})
         assert set(keys) == set(names) and all(len(found) == 1 for found in keys.values()), keys
     """

@@ -131,8 +131,10 @@ def with_gradients(
             chunk = _softmax(z, targets[rows], infinite=allowed is not None or bias is not None)
             logprobs[rows] = chunk.logprob.masked_fill(ignored[rows], 0.0)
             entropy[rows] = chunk.entropy.masked_fill(ignored[rows], 0.0)
-            grads = [g if g is None else g[rows].masked_fill(ignored[rows], 0.0) for g in slopes()]
-            d_logits = chunk.gradient(targets[rows], temperatures[rows], *grads)
+            by_logprob, by_entropy = slopes()
+            by_logprob = by_logprob[rows].masked_fill(ignored[rows], 0.0)
+            by_entropy = None if by_entropy is None else by_entropy[rows].masked_fill(ignored[rows], 0.0)
+            d_logits = chunk.gradient(targets[rows], temperatures[rows], by_logprob, by_entropy)
             if part is not None:
                 d_logits.masked_fill_(~part, 0.0)  # a target outside the allowed ids
             d_logits = d_logits if slope is None else d_logits.mul_(slope)

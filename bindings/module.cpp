@@ -27,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
     register_layers(m);
     register_pages(m);
+    register_paged_attention(m);
     register_policy_loss(m);
     register_sampling(m);
     register_vision_prune(m);

@@ -5,6 +5,7 @@
 
 void register_layers(pybind11::module_& m);
 void register_pages(pybind11::module_& m);
+void register_paged_attention(pybind11::module_& m);
 void register_policy_loss(pybind11::module_& m);
 void register_sampling(pybind11::module_& m);
 void register_vision_prune(pybind11::module_& m);

@@ -7,12 +7,29 @@ COMPILER: str
 CUDA_VERSION: str | None  # of nvcc; None without CUDA
 CUDA_ARCHS: str  # chips the kernels were compiled for, "80 90a 100"
 RMS_NORM_GRADIENT_ROWS: int
+ATTENTION_CHUNK_KEYS: int
+ATTENTION_TILE_COLUMNS: int
+ATTENTION_MAX_HEAD_DIM: int
 MAX_PLANES: int  # of one copy_rows
 
 # Tensors are torch's; a stream is the address of a cudaStream_t. Raise ValueError where a tensor does not fit.
 def rms_norm(x: Any, weight: Any, eps: float, out: Any, scale: Any, stream: int = 0) -> None: ...
 def rms_norm_backward(
     grad: Any, x: Any, weight: Any, scale: Any, grad_x: Any, grad_weight: Any, stream: int = 0
+) -> None: ...
+def decode_attention(
+    queries: Any,
+    key_pool: Any,
+    value_pool: Any,
+    pages: Any,
+    tiles: Any,
+    rows: Any,
+    row_parts: Any,
+    part_offsets: Any,
+    workspace: Any,
+    out: Any,
+    scale: float,
+    stream: int = 0,
 ) -> None: ...
 def group_advantage(
     rewards: Any,

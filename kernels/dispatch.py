@@ -22,7 +22,7 @@ ENVIRONMENT_VARIABLE = "FOVEATE_BACKEND"
 # What each family has, the best first.
 _IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "layers": ("cuda", "triton", "cpp", "reference"),
-    "paged_attention": ("reference",),
+    "paged_attention": ("cuda", "cpp", "reference"),
     "policy_loss": ("cuda", "triton", "cpp", "reference"),
     "sampling": ("cuda", "triton", "cpp", "reference"),
     "vision_prune": ("cuda", "triton", "cpp", "reference"),

@@ -15,6 +15,9 @@
 //   chunks(n, f)                      f(start, count) for runs of at most `chunk` neighbours, in any order
 //   combine(value, op)                op over the lanes' own values of 8 bytes; op is exact in any order
 //   add(counter, value)               counter += value, from any lane
+//   multiply<W>(m, k, start, a, b, c) c[i W + j] = start(i, j) + a(i, 0) b[j] + a(i, 1) b[W + j] + ... for i < m,
+//                                     j < W: k fused multiply-adds in that order; a and start are called with ints
+//   columns<W>(f)                     f(first, n) for runs of n neighbours among W, n an integral_constant
 //   scratch<S>()                      the team's own memory: an S, uninitialised
 //   once(f)                           f(), on one lane
 //   sync()                            what any lane wrote before it, every lane of the team sees after it
@@ -29,6 +32,7 @@
 // combined by halving (distances 16, 8, 4, 2, 1), warps from the first to the last.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -57,6 +61,9 @@ template <int K>
 struct Values {
     float at[K];
 };
+
+template <int kLanes>
+using Lanes = std::integral_constant<int, kLanes>;
 
 // One team as a loop. The accumulators of a reduction lie side by side, so that the compiler vectorises over
 // them.
@@ -157,6 +164,21 @@ class HostBlock {
         }
     }
 
+    template <int W, class Start, class A>
+    FOVEATE_FN void multiply(int m, int k, Start start, A a, const float* b, float* c) const {
+        // As many rows at once as keep their sums in registers.
+        constexpr int kRows = W > 8 ? 6 : 8;
+        const int whole = m / kRows * kRows, pairs = m / 2 * 2;
+        multiply_rows<kRows, W>(0, whole, k, start, a, b, c);
+        multiply_rows<2, W>(whole, pairs, k, start, a, b, c);
+        multiply_rows<1, W>(pairs, m, k, start, a, b, c);
+    }
+
+    template <int W, class F>
+    FOVEATE_FN void columns(F f) const {
+        f(0, Lanes<W>{});
+    }
+
     template <class V, class Op>
     FOVEATE_FN V combine(V value, Op) const {
         return value;
@@ -175,6 +197,27 @@ class HostBlock {
     FOVEATE_FN void sync() const {}
 
   private:
+    template <int kRows, int W, class Start, class A>
+    FOVEATE_NOINLINE static void multiply_rows(int first, int last, int k, Start start, A a, const float* b,
+                                               float* c) {
+        for (int i = first; i < last; i += kRows) {
+            float sums[kRows][W];
+            for (int r = 0; r < kRows; ++r) {
+                for (int j = 0; j < W; ++j) sums[r][j] = start(i + r, j);
+            }
+            for (int t = 0; t < k; ++t) {
+                for (int r = 0; r < kRows; ++r) {
+                    const float factor = a(i + r, t);
+                    FOVEATE_SIMD
+                    for (int j = 0; j < W; ++j) sums[r][j] = fmaf(factor, b[t * W + j], sums[r][j]);
+                }
+            }
+            for (int r = 0; r < kRows; ++r) {
+                for (int j = 0; j < W; ++j) c[(i + r) * W + j] = sums[r][j];
+            }
+        }
+    }
+
     // The accumulators of a reduction as one: within a lane, a warp, across warps.
     template <class Op, int kVec>
     FOVEATE_FN static float total(const float (&accumulators)[kLanes * kVec], Op op,

@@ -101,6 +101,21 @@ class DeviceBlock {
         }
     }
 
+    template <int W, class Start, class A>
+    __device__ void multiply(int m, int k, Start start, A a, const float* b, float* c) const {
+        for (int at = lane_; at < m * W; at += kLanes) {
+            const int i = at / W, j = at % W;
+            float sum = start(i, j);
+            for (int t = 0; t < k; ++t) sum = fmaf(a(i, t), b[t * W + j], sum);
+            c[at] = sum;
+        }
+    }
+
+    template <int W, class F>
+    __device__ void columns(F f) const {
+        for (int column = lane_; column < W; column += kLanes) f(column, Lanes<1>{});
+    }
+
     template <class V, class Op>
     __device__ V combine(V value, Op op) {
         static_assert(sizeof(V) <= sizeof(std::uint64_t), "a value fits the team's memory");

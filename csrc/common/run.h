@@ -15,9 +15,6 @@ namespace foveate {
 // Elements below which one thread is faster than waking others.
 constexpr std::int64_t kElementsPerThread = 1 << 14;
 
-template <int kLanes>
-using Lanes = std::integral_constant<int, kLanes>;
-
 // Where to run: on this processor, or on a stream (a cudaStream_t) of the current GPU.
 struct OnHost {};
 struct OnDevice {
@@ -36,6 +33,13 @@ struct ScratchOf<Body, std::void_t<typename Body::Scratch>> {
     using type = typename Body::Scratch;
 };
 
+template <class Body>
+inline void run_on_host(const Body& body, std::int64_t row) {
+    typename ScratchOf<Body>::type scratch;
+    HostBlock<Body::lanes> block(&scratch);
+    body(block, row);
+}
+
 // Runs bodies whose rows have row_elements elements each; a row never depends on another, so that the number
 // of threads changes no bit.
 struct HostRun {
@@ -44,11 +48,18 @@ struct HostRun {
     template <class Body>
     void operator()(const Body& body, std::int64_t rows) const {
 #pragma omp parallel for schedule(static) if (rows > 1 && rows * row_elements >= 2 * kElementsPerThread)
-        for (std::int64_t row = 0; row < rows; ++row) {
-            typename ScratchOf<Body>::type scratch;
-            HostBlock<Body::lanes> block(&scratch);
-            body(block, row);
-        }
+        for (std::int64_t row = 0; row < rows; ++row) run_on_host(body, row);
+    }
+};
+
+// Likewise, of rows that differ in size: a thread that is done takes the next. row_elements: on average.
+struct HostTasks {
+    std::int64_t row_elements;
+
+    template <class Body>
+    void operator()(const Body& body, std::int64_t rows) const {
+#pragma omp parallel for schedule(dynamic) if (rows > 1 && rows * row_elements >= 2 * kElementsPerThread)
+        for (std::int64_t row = 0; row < rows; ++row) run_on_host(body, row);
     }
 };
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import torch
 
-from foveate.kernels.dispatch import choose
+from foveate import _C
+from foveate.kernels.dispatch import choose_among
 from foveate.kernels.paged_attention import deterministic as chunk_rule
-from foveate.kernels.paged_attention import reference
+from foveate.kernels.paged_attention import operators, reference
 from foveate.kernels.paged_attention.plan import StepPlan
 
 __all__ = ["StepPlan", "decode", "prefill", "store_kv"]
@@ -31,10 +32,13 @@ def store_kv(
     *,
     backend: str | None = None,
 ) -> None:
-    """Writes row r of keys and values (float [T, kv_heads, head_dim]) to pool slot `plan.slots[r]`, in place."""
+    """Writes row r of keys and values (float [T, kv_heads, head_dim]) to pool slot `plan.slots[r]`, in place.
+
+    backend: None chooses; plain torch is the only one. Raises ValueError on shapes that do not fit.
+    """
     _check(keys, key_pool, plan, "keys")
     _check(values, value_pool, plan, "values")
-    choose("paged_attention", backend, keys.device)
+    choose_among(("reference",), "store_kv", "paged_attention", backend, keys.device, keys.dtype)
     reference.store_kv(keys, values, key_pool, value_pool, plan)
 
 
@@ -52,12 +56,10 @@ def prefill(
 
     queries: float [T, heads, head_dim]. Returns float [T, heads, head_dim] in the dtype of queries; scores
     and sums are float32. deterministic: by the chunk rule (`foveate.kernels.paged_attention.deterministic`), slower.
-    Raises ValueError on shapes that do not fit.
+    backend: None chooses; plain torch is the only one. Raises ValueError on shapes that do not fit.
     """
-    _check(queries, key_pool, plan, "queries")
-    if value_pool.shape != key_pool.shape:
-        raise ValueError(f"expected {list(key_pool.shape)}, got {list(value_pool.shape)} (value_pool)")
-    choose("paged_attention", backend, queries.device)
+    _check_pools(queries, key_pool, value_pool, plan)
+    choose_among(("reference",), "prefill", "paged_attention", backend, queries.device, queries.dtype)
     attend = chunk_rule.attend if deterministic else reference.attend
     return attend(queries, key_pool, value_pool, plan, scale)
 
@@ -74,9 +76,27 @@ def decode(
 ) -> torch.Tensor:
     """Attention of one new token a sequence; a shared segment is read once for all rows below it.
 
-    Arguments, result and errors as `prefill`.
+    Arguments, result and errors as `prefill`, whose plans it takes too. "cpp" and "cuda" read each chunk of 512 keys of
+    a segment by itself, and merge a row's partial results in path and chunk order: the same bits for a row in every
+    step. They take pools of the queries' dtype and head_dim up to 256, and what does not fit goes to the reference, as
+    does what is deterministic: its bits are those of a prefill. Raises ValueError as well where the plan reaches beyond
+    the pool or its own rows.
     """
-    return prefill(queries, key_pool, value_pool, plan, scale=scale, deterministic=deterministic, backend=backend)
+    _check_pools(queries, key_pool, value_pool, plan)
+    same = queries.dtype == key_pool.dtype == value_pool.dtype
+    compiled = not deterministic and same and queries.shape[2] <= _C.ATTENTION_MAX_HEAD_DIM
+    backends = ("cuda", "cpp", "reference") if compiled else ("reference",)
+    chosen = choose_among(backends, "decode", "paged_attention", backend, queries.device, queries.dtype)
+    if chosen != "reference":
+        return operators.attend(queries, key_pool, value_pool, plan, scale)
+    attend = chunk_rule.attend if deterministic else reference.attend
+    return attend(queries, key_pool, value_pool, plan, scale)
+
+
+def _check_pools(queries: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor, plan: StepPlan) -> None:
+    _check(queries, key_pool, plan, "queries")
+    if value_pool.shape != key_pool.shape:
+        raise ValueError(f"expected {list(key_pool.shape)}, got {list(value_pool.shape)} (value_pool)")
 
 
 def _check(rows: torch.Tensor, pool: torch.Tensor, plan: StepPlan, argument: str) -> None:

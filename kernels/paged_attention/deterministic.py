@@ -53,13 +53,14 @@ class Partial:
 
 def attend(queries, key_pool, value_pool, plan: StepPlan, scale: float) -> torch.Tensor:
     """See `foveate.kernels.paged_attention.prefill`."""
-    if plan.prepared is None:
-        plan.prepared = prepare(plan, queries.device)
+    chunks = plan.prepared.get("chunks")
+    if chunks is None:
+        chunks = plan.prepared["chunks"] = prepare(plan, queries.device)
     kv_heads = key_pool.shape[2]
     q = F.pad(queries.float() * scale, (0, 0, 0, 0, 0, 1))
     q = q.unflatten(1, (kv_heads, -1)).transpose(0, 1).contiguous()  # [kv_heads, T + 1, group, head_dim]
     partial = Partial(torch.zeros_like(q), torch.full_like(q[..., :1], -torch.inf), torch.zeros_like(q[..., :1]))
-    for chunk in plan.prepared:
+    for chunk in chunks:
         keys, values = (
             pool.view(-1, *pool.shape[2:])[chunk.slots].float().transpose(0, 1).contiguous()  # [kv_heads, L, head_dim]
             for pool in (key_pool, value_pool)

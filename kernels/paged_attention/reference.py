@@ -1,4 +1,4 @@
-"""Plain torch attention over KV segments: the definition of correct, and the CPU backend.
+"""Plain torch attention over KV segments: the definition of correct, and what prefills.
 
 Visits of one depth and similar size are computed together, padded to a rectangle; the padded keys are
 copies of valid ones and masked, so that nothing unwritten is ever read. Queries are tiled so that a tile
@@ -52,17 +52,18 @@ def store_kv(keys, values, key_pool, value_pool, plan: StepPlan) -> None:
 
 def attend(queries, key_pool, value_pool, plan: StepPlan, scale: float) -> torch.Tensor:
     """See `foveate.kernels.paged_attention.prefill`."""
-    if plan.prepared is None:
-        plan.prepared = prepare(plan, queries.device)
+    batches = plan.prepared.get("batches")
+    if batches is None:
+        batches = plan.prepared["batches"] = prepare(plan, queries.device)
     num_rows, num_heads, head_dim = queries.shape
     keys = key_pool.view(-1, *key_pool.shape[2:])  # [slots, kv_heads, head_dim]
     values = value_pool.view(-1, *value_pool.shape[2:])
-    if len(plan.prepared) == 1 and plan.prepared[0].whole:
-        return _one_segment(queries, keys, values, plan.prepared[0], scale)
+    if len(batches) == 1 and batches[0].whole:
+        return _one_segment(queries, keys, values, batches[0], scale)
     out: torch.Tensor | None = None  # float32 [T, heads, head_dim]
     lse: torch.Tensor | None = None  # float32 [T, heads]
     scaled = queries.float() * scale
-    for batch in plan.prepared:
+    for batch in batches:
         k, v = _gather(keys, batch), _gather(values, batch)  # [S * kv_heads, L, head_dim]
         q = scaled.view(*batch.rows.shape, num_heads, head_dim) if batch.all_rows else scaled[batch.rows]
         part, part_lse = _partial(q, k.float(), v.float(), batch)
@@ -143,8 +144,8 @@ def _mask(scores, batch: Batch, start: int, num_rows: int) -> None:
 
 def prepare(plan: StepPlan, device: torch.device) -> list[Batch]:
     """Groups the visits of a plan into padded batches, in depth order."""
-    if plan.like is not None and plan.like.prepared is not None:
-        made = plan.like.prepared
+    made = None if plan.like is None else plan.like.prepared.get("batches")
+    if made is not None:
         return [replace(b, slots=_slots(plan, b.places, b.kv_len is None, device), head_rows=None) for b in made]
     num_rows = np.diff(plan.visit_row_offsets)
     buckets: dict[tuple, list[int]] = {}

@@ -9,6 +9,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from foveate.kernels import paged_attention
+from foveate.kernels.dispatch import for_family
 from foveate.kernels.layers import elementwise, linear, rms_norm
 from foveate.kernels.paged_attention import StepPlan
 from foveate.rollout.models.spec import Deepstack, ModelSpec
@@ -30,6 +31,7 @@ class Decoder:
         self.spec = spec
         self.weights = weights
         self.backend = backend
+        self.attention_backend = for_family("paged_attention", backend)  # no operation of it has all of them
         self.deterministic = deterministic
         self.linear = partial(linear, row_block=ROW_BLOCK if deterministic else None)
         self.activation = ACT2FN[spec.activation]
@@ -77,7 +79,7 @@ class Decoder:
             paged_attention.decode if decode else paged_attention.prefill,
             scale=self.scale,
             deterministic=self.deterministic,
-            backend=self.backend,
+            backend=self.attention_backend,
         )
         size = kv_pool.shape[1]
         for index in layers:
@@ -85,7 +87,7 @@ class Decoder:
             keys, values = kv_pool[0, index % size], kv_pool[1, index % size]
             q, k, v = projected or self.project(self.norm(hidden, layer.input_norm, layer.eps), layer, *rotary)
             projected = None
-            paged_attention.store_kv(k, v, keys, values, plan, backend=self.backend)
+            paged_attention.store_kv(k, v, keys, values, plan, backend=self.attention_backend)
             mixed = attention(q, keys, values, plan)
             hidden = hidden + self.linear(mixed.flatten(1), *layer.o)
             hidden = hidden + self.mlp(self.norm(hidden, layer.post_norm, layer.eps), layer)

@@ -1,0 +1,115 @@
+"""A step plan as the compiled kernels take it: tiles of (query row, head) pairs against chunks of keys.
+
+A row's partial results, one for each chunk of each segment on its path, lie side by side and in that order, so that
+merging them needs no search. Chunks are counted from the start of a segment: which tiles there are changes nothing
+about a row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from foveate import _C
+from foveate.kernels.dispatch import require
+from foveate.kernels.paged_attention.plan import StepPlan
+
+KV_CHUNK, COLUMNS = _C.ATTENTION_CHUNK_KEYS, _C.ATTENTION_TILE_COLUMNS
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """int32, on the device of the queries.
+
+    pages, rows: those of the plan. tiles: [N, 6], see csrc/paged_attention.h. row_parts: [len(rows)], the first part
+    of each row in its visit. part_offsets: [T + 1], parts of each row; num_parts: of all.
+    """
+
+    pages: torch.Tensor
+    rows: torch.Tensor
+    tiles: torch.Tensor
+    row_parts: torch.Tensor
+    part_offsets: torch.Tensor
+    num_parts: int
+
+
+def tiles_of(plan: StepPlan, group: int, num_pages: int, device: torch.device) -> Tiles:
+    """The plan's tiles, made once. group: query heads of one KV head. num_pages: of the pool.
+
+    Raises ValueError for pages, rows or lengths that do not fit.
+    """
+    key = ("tiles", group)
+    if key not in plan.prepared:
+        like = None if plan.like is None else plan.like.prepared.get(key)
+        _check_pages(plan, num_pages)
+        if like is None:
+            _check(plan)
+            plan.prepared[key] = _prepare(plan, group, device)
+        else:
+            plan.prepared[key] = replace(like, pages=torch.from_numpy(plan.visit_pages).to(device))
+    return plan.prepared[key]
+
+
+def _prepare(plan: StepPlan, group: int, device: torch.device) -> Tiles:
+    # Runs of rows of a visit that see the same keys: a visit's rows, or in a causal one each by itself.
+    num_rows = np.diff(plan.visit_row_offsets).astype(np.int64)
+    causal = plan.visit_causal & (num_rows > 1)
+    visit, place = _ranges(np.where(causal, num_rows, np.minimum(num_rows, 1)))
+    alone = causal[visit]
+    entry = plan.visit_row_offsets[visit] + np.where(alone, place, 0)
+    rows = np.where(alone, 1, num_rows[visit])
+    seen = plan.visit_kv_len[visit] - np.where(alone, num_rows[visit] - 1 - place, 0)
+    chunks, parts_of_columns = -(-seen // KV_CHUNK), -(-rows * group // COLUMNS)
+    # A tile for each chunk of a run and each COLUMNS of its columns.
+    run, place = _ranges(chunks * parts_of_columns)
+    start = place // parts_of_columns[run] * KV_CHUNK
+    column = place % parts_of_columns[run] * COLUMNS
+    tiles = np.stack(
+        [
+            plan.visit_page_offsets[visit[run]],
+            start,
+            np.minimum(KV_CHUNK, seen[run] - start),
+            entry[run],
+            column,
+            np.minimum(COLUMNS, rows[run] * group - column),
+        ],
+        axis=1,
+    )
+    entry_chunks = np.repeat(chunks, rows)  # of each row in its visit
+    order = plan.visit_rows.argsort(kind="stable")
+    row_parts = np.empty_like(entry_chunks)
+    row_parts[order] = entry_chunks[order].cumsum() - entry_chunks[order]
+    ends = np.bincount(plan.visit_rows, entry_chunks, plan.num_rows).cumsum()
+    arrays = (plan.visit_pages, plan.visit_rows, tiles, row_parts, np.concatenate([[0], ends]))
+    tensors = (torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device) for array in arrays)
+    return Tiles(*tensors, num_parts=int(entry_chunks.sum()))
+
+
+def _ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The concatenation of range(count) of each count: whose it is, and the number. int64 [sum of counts] both"""
+    owner = np.arange(len(counts)).repeat(counts)
+    return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
+
+
+def _check_pages(plan: StepPlan, num_pages: int) -> None:
+    pages = plan.visit_pages
+    fits = not len(pages) or (pages.min() >= 0 and pages.max() < num_pages)
+    require(fits, f"pages in [0, {num_pages})", pages[(pages < 0) | (pages >= num_pages)].tolist(), "visit_pages")
+
+
+def _check(plan: StepPlan) -> None:
+    rows, num_rows = plan.visit_rows, plan.num_rows
+    fits = not len(rows) or (rows.min() >= 0 and rows.max() < num_rows)
+    require(fits, f"rows in [0, {num_rows})", rows[(rows < 0) | (rows >= num_rows)].tolist(), "visit_rows")
+    for name in ("visit_row_offsets", "visit_page_offsets"):
+        offsets, items = getattr(plan, name), getattr(plan, name.replace("_offsets", "s"))
+        fits = len(offsets) == plan.num_visits + 1 and offsets[0] == 0 and offsets[-1] == len(items)
+        fits = fits and bool((np.diff(offsets) >= 0).all())
+        require(fits, f"ascending offsets from 0 to {len(items)}", offsets.tolist(), name)
+    counts, kv_len = np.diff(plan.visit_row_offsets), plan.visit_kv_len
+    room = np.diff(plan.visit_page_offsets) * plan.page_size
+    fits = (kv_len <= room) & (kv_len >= np.where(plan.visit_causal, counts, 0))
+    require(bool(fits.all()), "lengths from the number of causal rows to the room in the pages", kv_len[~fits].tolist(),
+            "visit_kv_len")  # fmt: skip

@@ -24,8 +24,7 @@ void attend(py::handle queries_, py::handle key_pool_, py::handle value_pool_, p
             py::handle workspace_, py::handle out_, double scale, std::uintptr_t stream) {
     Arguments check;
     const Tensor out = check.tensor(out_, "out", {"T", "heads", "D"}, kFloating);
-    const Tensor queries =
-        check.tensor(queries_, "queries", {"T", "heads", "D"}, {out.dtype}, Layout::rows);
+    const Tensor queries = check.tensor(queries_, "queries", {"T", "heads", "D"}, {out.dtype}, Layout::rows);
     const auto pool = [&](py::handle value, const char* name) {
         return check.tensor(value, name, {"pages", "page_size", "kv_heads", "D"}, {out.dtype});
     };

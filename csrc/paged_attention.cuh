@@ -31,8 +31,7 @@ struct AttendTile {
         float sums[kMaxHeadDim * kTileColumns];     // [head_dim, columns]
         float scores[kBlockKeys * kTileColumns];    // [keys, columns], then weights
         float peaks[kTileColumns], totals[kTileColumns], factors[kTileColumns];
-        const T* keys[kBlockKeys];
-        const T* values[kBlockKeys];
+        std::int64_t offsets[kChunkKeys];  // of each key in the pools
     };
 
     template <class Block>
@@ -48,34 +47,44 @@ struct AttendTile {
     FOVEATE_FN void attend(Block& block, const AttentionTile& tile, std::int64_t kv_head) const {
         Scratch& s = block.template scratch<Scratch>();
         load_queries<W>(block, tile, kv_head, s);
-        const int head_dim = static_cast<int>(a.head_dim);
+        block.for_each(tile.keys, [&](std::int64_t i) {
+            s.offsets[i] = (slot_of(tile, i) * a.kv_heads + kv_head) * a.head_dim;
+        });
         for (int first = 0; first < tile.keys; first += kBlockKeys) {
-            const int count = tile.keys - first < kBlockKeys ? tile.keys - first : kBlockKeys;
             block.sync();
-            block.for_each(count, [&](std::int64_t i) {
-                const std::int64_t offset = (slot_of(tile, first + i) * a.kv_heads + kv_head) * a.head_dim;
-                s.keys[i] = static_cast<const T*>(a.keys) + offset;
-                s.values[i] = static_cast<const T*>(a.values) + offset;
-            });
-            block.sync();
-            const T *const *keys = s.keys, *const *values = s.values;
-            const float* factors = s.factors;
-            float* sums = s.sums;
-            block.template multiply<W>(
-                count, head_dim, [](int, int) { return 0.0f; },
-                [keys](int i, int d) { return to_float(keys[i][d]); }, s.queries, s.scores);
-            block.sync();
-            block.template columns<W>([&](int column, auto width) {
-                weigh<W, width>(count, s.scores + column, s.peaks + column, s.totals + column,
-                                s.factors + column);
-            });
-            block.sync();
-            block.template multiply<W>(
-                head_dim, count, [sums, factors](int d, int j) { return sums[d * W + j] * factors[j]; },
-                [values](int d, int i) { return to_float(values[i][d]); }, s.scores, sums);
+            attend_block<W>(block, first, tile.keys - first < kBlockKeys ? tile.keys - first : kBlockKeys,
+                            tile.keys, s);
         }
         block.sync();
         store_parts<W>(block, tile, kv_head, s);
+    }
+
+    // Keys [first, first + count) of the chunk.
+    template <int W, class Block>
+    FOVEATE_FN void attend_block(Block& block, int first, int count, int all, Scratch& s) const {
+        const T *keys = static_cast<const T*>(a.keys), *values = static_cast<const T*>(a.values);
+        const std::int64_t *offsets = s.offsets + first, head_dim = a.head_dim, next = all - first - count;
+        const float* factors = s.factors;
+        float* sums = s.sums;
+        const auto fetch = [head_dim](const T* row) {
+            for (std::int64_t d = 0; d < head_dim; d += 64 / sizeof(T)) prefetch(row + d);
+        };
+        block.template multiply<W>(
+            count, head_dim, [](std::int64_t, std::int64_t) { return 0.0f; },
+            [=](std::int64_t i, std::int64_t d) { return to_float(keys[offsets[i] + d]); }, s.queries,
+            s.scores, [=](std::int64_t i) { fetch(values + offsets[i]); });
+        block.sync();
+        block.template columns<W>([&](int column, auto width) {
+            weigh<W, width>(count, s.scores + column, s.peaks + column, s.totals + column,
+                            s.factors + column);
+        });
+        block.sync();
+        block.template multiply<W>(
+            head_dim, count, [=](std::int64_t d, std::int64_t j) { return sums[d * W + j] * factors[j]; },
+            [=](std::int64_t d, std::int64_t i) { return to_float(values[offsets[i] + d]); }, s.scores, sums,
+            [=](std::int64_t d) {
+                if (d < next && d < kBlockKeys) fetch(keys + offsets[count + d]);
+            });
     }
 
     template <int W, class Block>
@@ -109,13 +118,13 @@ struct AttendTile {
             peak[j] = peaks[j];
             total[j] = 0.0f;
         }
-        for (int i = 0; i < count; ++i) {
+        for (std::int64_t i = 0; i < count; ++i) {
             FOVEATE_SIMD
-            for (int j = 0; j < n; ++j) peak[j] = Max{}(peak[j], scores[i * W + j]);
+            for (std::int64_t j = 0; j < n; ++j) peak[j] = Max{}(peak[j], scores[i * W + j]);
         }
-        for (int i = 0; i < count; ++i) {
+        for (std::int64_t i = 0; i < count; ++i) {
             FOVEATE_SIMD
-            for (int j = 0; j < n; ++j) {
+            for (std::int64_t j = 0; j < n; ++j) {
                 const float weight = exp_float(scores[i * W + j] - peak[j]);
                 scores[i * W + j] = weight;
                 total[j] += weight;

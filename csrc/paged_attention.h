@@ -1,6 +1,6 @@
-// Attention of one new token a sequence over the tree of KV segments, on a CPU (paged_attention.cpp) and a GPU
-// (paged_attention.cu). The contract is that of kernels/paged_attention/__init__.py; tiles and parts are made
-// by kernels/paged_attention/tiles.py.
+// Attention of one new token a sequence over the tree of KV segments, on a CPU (paged_attention.cpp) and a
+// GPU (paged_attention.cu). The contract is that of kernels/paged_attention/__init__.py; tiles and parts are
+// made by kernels/paged_attention/tiles.py.
 #pragma once
 
 #include <cstdint>

@@ -15,8 +15,10 @@
 //   chunks(n, f)                      f(start, count) for runs of at most `chunk` neighbours, in any order
 //   combine(value, op)                op over the lanes' own values of 8 bytes; op is exact in any order
 //   add(counter, value)               counter += value, from any lane
-//   multiply<W>(m, k, start, a, b, c) c[i W + j] = start(i, j) + a(i, 0) b[j] + a(i, 1) b[W + j] + ... for i < m,
-//                                     j < W: k fused multiply-adds in that order; a and start are called with ints
+//   multiply<W>(m, k, start, a, b, c, ahead)
+//                                     c[i W + j] = start(i, j) + a(i, 0) b[j] + a(i, 1) b[W + j] + ... for i < m,
+//                                     j < W: k fused multiply-adds in that order; ahead(i) fetches what is read
+//                                     later, while row i is computed
 //   columns<W>(f)                     f(first, n) for runs of n neighbours among W, n an integral_constant
 //   scratch<S>()                      the team's own memory: an S, uninitialised
 //   once(f)                           f(), on one lane
@@ -164,14 +166,15 @@ class HostBlock {
         }
     }
 
-    template <int W, class Start, class A>
-    FOVEATE_FN void multiply(int m, int k, Start start, A a, const float* b, float* c) const {
+    template <int W, class Start, class A, class Ahead>
+    FOVEATE_FN void multiply(std::int64_t m, std::int64_t k, Start start, A a, const float* b, float* c,
+                             Ahead ahead) const {
         // As many rows at once as keep their sums in registers.
         constexpr int kRows = W > 8 ? 6 : 8;
-        const int whole = m / kRows * kRows, pairs = m / 2 * 2;
-        multiply_rows<kRows, W>(0, whole, k, start, a, b, c);
-        multiply_rows<2, W>(whole, pairs, k, start, a, b, c);
-        multiply_rows<1, W>(pairs, m, k, start, a, b, c);
+        const std::int64_t whole = m / kRows * kRows, pairs = m / 2 * 2;
+        multiply_rows<kRows, W>(0, whole, k, start, a, b, c, ahead);
+        multiply_rows<2, W>(whole, pairs, k, start, a, b, c, ahead);
+        multiply_rows<1, W>(pairs, m, k, start, a, b, c, ahead);
     }
 
     template <int W, class F>
@@ -197,23 +200,25 @@ class HostBlock {
     FOVEATE_FN void sync() const {}
 
   private:
-    template <int kRows, int W, class Start, class A>
-    FOVEATE_NOINLINE static void multiply_rows(int first, int last, int k, Start start, A a, const float* b,
-                                               float* c) {
-        for (int i = first; i < last; i += kRows) {
+    // Indices of 64 bits: with -fwrapv, which Python's own flags may bring, those of 32 keep a loop scalar.
+    template <int kRows, int W, class Start, class A, class Ahead>
+    FOVEATE_NOINLINE static void multiply_rows(std::int64_t first, std::int64_t last, std::int64_t k,
+                                               Start start, A a, const float* b, float* c, Ahead ahead) {
+        for (std::int64_t i = first; i < last; i += kRows) {
             float sums[kRows][W];
-            for (int r = 0; r < kRows; ++r) {
-                for (int j = 0; j < W; ++j) sums[r][j] = start(i + r, j);
+            for (std::int64_t r = 0; r < kRows; ++r) ahead(i + r);
+            for (std::int64_t r = 0; r < kRows; ++r) {
+                for (std::int64_t j = 0; j < W; ++j) sums[r][j] = start(i + r, j);
             }
-            for (int t = 0; t < k; ++t) {
-                for (int r = 0; r < kRows; ++r) {
+            for (std::int64_t t = 0; t < k; ++t) {
+                for (std::int64_t r = 0; r < kRows; ++r) {
                     const float factor = a(i + r, t);
                     FOVEATE_SIMD
-                    for (int j = 0; j < W; ++j) sums[r][j] = fmaf(factor, b[t * W + j], sums[r][j]);
+                    for (std::int64_t j = 0; j < W; ++j) sums[r][j] = fmaf(factor, b[t * W + j], sums[r][j]);
                 }
             }
-            for (int r = 0; r < kRows; ++r) {
-                for (int j = 0; j < W; ++j) c[(i + r) * W + j] = sums[r][j];
+            for (std::int64_t r = 0; r < kRows; ++r) {
+                for (std::int64_t j = 0; j < W; ++j) c[(i + r) * W + j] = sums[r][j];
             }
         }
     }

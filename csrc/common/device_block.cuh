@@ -101,12 +101,14 @@ class DeviceBlock {
         }
     }
 
-    template <int W, class Start, class A>
-    __device__ void multiply(int m, int k, Start start, A a, const float* b, float* c) const {
-        for (int at = lane_; at < m * W; at += kLanes) {
+    template <int W, class Start, class A, class Ahead>
+    __device__ void multiply(std::int64_t m, std::int64_t k, Start start, A a, const float* b, float* c,
+                             Ahead) const {
+        const int end = static_cast<int>(m) * W, depth = static_cast<int>(k);
+        for (int at = lane_; at < end; at += kLanes) {
             const int i = at / W, j = at % W;
             float sum = start(i, j);
-            for (int t = 0; t < k; ++t) sum = fmaf(a(i, t), b[t * W + j], sum);
+            for (int t = 0; t < depth; ++t) sum = fmaf(a(i, t), b[t * W + j], sum);
             c[at] = sum;
         }
     }

@@ -24,3 +24,10 @@
 #define FOVEATE_SIMD _Pragma("omp simd")
 #define FOVEATE_SIMD_OR(any) FOVEATE_PRAGMA(omp simd reduction(| : any))
 #endif
+
+// Asks for the cache line at an address, on a CPU.
+FOVEATE_FN void prefetch([[maybe_unused]] const void* address) {
+#if !defined(__CUDA_ARCH__)
+    __builtin_prefetch(address);
+#endif
+}

@@ -20,7 +20,7 @@ from foveate.kernels.paged_attention import deterministic as chunk_rule
 from foveate.kernels.paged_attention import operators, reference
 from foveate.kernels.paged_attention.plan import StepPlan
 
-__all__ = ["StepPlan", "decode", "prefill", "store_kv"]
+__all__ = ["StepPlan", "decode", "decode_backend", "prefill", "store_kv"]
 
 
 def store_kv(
@@ -83,14 +83,22 @@ def decode(
     the pool or its own rows.
     """
     _check_pools(queries, key_pool, value_pool, plan)
-    same = queries.dtype == key_pool.dtype == value_pool.dtype
-    compiled = not deterministic and same and queries.shape[2] <= _C.ATTENTION_MAX_HEAD_DIM
-    backends = ("cuda", "cpp", "reference") if compiled else ("reference",)
-    chosen = choose_among(backends, "decode", "paged_attention", backend, queries.device, queries.dtype)
+    plain = deterministic or not queries.dtype == key_pool.dtype == value_pool.dtype
+    device, head_dim = queries.device, queries.shape[2]
+    chosen = decode_backend(device, queries.dtype, head_dim, deterministic=plain, backend=backend)
     if chosen != "reference":
         return operators.attend(queries, key_pool, value_pool, plan, scale)
     attend = chunk_rule.attend if deterministic else reference.attend
     return attend(queries, key_pool, value_pool, plan, scale)
+
+
+def decode_backend(
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, deterministic: bool = False, backend: str | None = None
+) -> str:
+    """The backend that `decode` takes for queries and pools of this kind, or its ValueError."""
+    plain = deterministic or head_dim > _C.ATTENTION_MAX_HEAD_DIM
+    backends = ("reference",) if plain else ("cuda", "cpp", "reference")
+    return choose_among(backends, "decode", "paged_attention", backend, device, dtype)
 
 
 def _check_pools(queries: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor, plan: StepPlan) -> None:

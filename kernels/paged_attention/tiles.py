@@ -94,22 +94,24 @@ def _ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _check_pages(plan: StepPlan, num_pages: int) -> None:
-    pages = plan.visit_pages
-    fits = not len(pages) or (pages.min() >= 0 and pages.max() < num_pages)
-    require(fits, f"pages in [0, {num_pages})", pages[(pages < 0) | (pages >= num_pages)].tolist(), "visit_pages")
+    _check_range(plan.visit_pages, num_pages, "pages", "visit_pages")
+
+
+def _check_range(values: np.ndarray, size: int, what: str, argument: str) -> None:
+    if len(values) and not (values.min() >= 0 and values.max() < size):
+        wrong = values[(values < 0) | (values >= size)]
+        require(False, f"{what} in [0, {size})", int(wrong[0]), argument)
 
 
 def _check(plan: StepPlan) -> None:
-    rows, num_rows = plan.visit_rows, plan.num_rows
-    fits = not len(rows) or (rows.min() >= 0 and rows.max() < num_rows)
-    require(fits, f"rows in [0, {num_rows})", rows[(rows < 0) | (rows >= num_rows)].tolist(), "visit_rows")
+    _check_range(plan.visit_rows, plan.num_rows, "rows", "visit_rows")
     for name in ("visit_row_offsets", "visit_page_offsets"):
         offsets, items = getattr(plan, name), getattr(plan, name.replace("_offsets", "s"))
         fits = len(offsets) == plan.num_visits + 1 and offsets[0] == 0 and offsets[-1] == len(items)
         fits = fits and bool((np.diff(offsets) >= 0).all())
-        require(fits, f"ascending offsets from 0 to {len(items)}", offsets.tolist(), name)
+        require(fits, f"{plan.num_visits + 1} ascending offsets from 0 to {len(items)}", offsets.tolist(), name)
     counts, kv_len = np.diff(plan.visit_row_offsets), plan.visit_kv_len
     room = np.diff(plan.visit_page_offsets) * plan.page_size
     fits = (kv_len <= room) & (kv_len >= np.where(plan.visit_causal, counts, 0))
-    require(bool(fits.all()), "lengths from the number of causal rows to the room in the pages", kv_len[~fits].tolist(),
-            "visit_kv_len")  # fmt: skip
+    expected = "lengths from the number of causal rows to the room in the pages"
+    require(bool(fits.all()), expected, kv_len[~fits].tolist(), "visit_kv_len")

@@ -35,7 +35,7 @@ def test_best_backend_of_each_device(monkeypatch, with_cuda):
 def test_available(monkeypatch, with_cuda):
     assert available("layers", CPU) == ("cpp", "reference")
     assert available("layers", CUDA) == ("cuda", "triton", "reference")
-    assert available("paged_attention", CUDA) == ("reference",)
+    assert available("paged_attention", CUDA) == ("cuda", "reference")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "triton" in available("layers", CPU)
     assert choose("layers") == "cpp"  # the interpreter only where it is asked for
@@ -48,7 +48,7 @@ def test_available(monkeypatch, with_cuda):
         ("layers", "cuda", CPU, "it runs on CUDA tensors"),
         ("layers", "cpp", CUDA, "it runs on CPU tensors"),
         ("layers", "triton", CPU, "it runs on CUDA tensors"),
-        ("paged_attention", "triton", CUDA, "paged_attention has only reference"),
+        ("paged_attention", "triton", CUDA, "paged_attention has only reference, cpp, cuda"),
         ("layers", "numpy", CPU, "the backends are reference, cpp, triton, cuda"),
     ],
 )
@@ -77,7 +77,8 @@ def test_environment_and_its_rank(monkeypatch):
 
 def test_backends_by_family(monkeypatch):
     monkeypatch.setenv("FOVEATE_BACKEND", "layers=reference, sampling=reference")
-    assert choose("layers") == choose("sampling") == choose("paged_attention") == "reference"
+    assert choose("layers") == choose("sampling") == "reference"
+    assert choose("paged_attention") == "cpp"
     assert choose("layers", "sampling=reference") == "cpp"  # nothing asked for layers
     for wrong in ("layer=cpp", "layers=", "layers=cpp,triton"):
         with pytest.raises(ValueError, match=r"expected family=backend.*\(backend\)"):
@@ -111,7 +112,7 @@ def test_an_operation_with_some_of_its_family(monkeypatch, with_cuda):
 
 def test_explanations_name_what_is_missing(monkeypatch, with_cuda):
     assert explain("layers", CPU) == "cpp, the best for cpu"
-    assert explain("paged_attention", CPU) == "reference (cpp: paged_attention has only reference)"
+    assert explain("paged_attention", CUDA) == "cuda, the best for cuda"
     monkeypatch.setattr(_C, "CUDA_VERSION", None)
     assert explain("layers", CUDA) == "triton (cuda: foveate._C was built without CUDA)"
     monkeypatch.setenv("FOVEATE_BACKEND", "reference")

@@ -2,186 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from foveate.kernels import paged_attention
-from foveate.kernels.paged_attention import StepPlan, deterministic, reference
+from foveate.kernels.paged_attention import deterministic, reference
+from foveate.testing.segment_trees import FLOAT32_EPS, Node, Step, Tree, assert_exact, attend, make_step
 
-BACKENDS = ["reference", "deterministic"]  # a mode rather than a backend
-FLOAT32_EPS = torch.finfo(torch.float32).eps
+BACKENDS = ["reference", "deterministic", "cpp"]  # the second is a mode rather than a backend
 # (float32 scores alive at once, padded KV tokens gathered at once): tiles of one row, of a few, of all.
 TILES = [(1, 1), (64, 5), (700, 40), (reference.SCORE_TILE, reference.MAX_BATCH_TOKENS)]
 
 
-@dataclass(frozen=True)
-class Node:
-    """A segment: `length` tokens with keys, of which the last `new` are rows of this step."""
-
-    parent: int | None
-    length: int
-    new: int
-
-
-@dataclass(frozen=True)
-class Tree:
-    nodes: tuple[Node, ...]
-    page_size: int
-    kv_heads: int = 2
-    group: int = 3
-    head_dim: int = 5
-    dtype: torch.dtype = torch.float32
-    seed: int = 0
-    tiles: tuple[int, int] = TILES[-1]
-    adjacent: bool = False  # each segment's pages are neighbours
-    magnitude: float = 1.0
-
-    def path(self, node: int) -> list[int]:
-        parent = self.nodes[node].parent
-        return [*self.path(parent), node] if parent is not None else [node]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(node.new for node in self.nodes)
-
-
-@dataclass
-class Step:
-    """The inputs of one step over a tree, by row and by segment, and the plan made of them."""
-
-    queries: torch.Tensor  # [T, heads, head_dim]
-    keys: list[torch.Tensor]  # a segment: [length, kv_heads, head_dim]
-    values: list[torch.Tensor]
-    pages: list[list[int]]
-    num_pages: int
-    rows: list[list[int]]  # a segment: the rows of its new tokens, in token order
-    plan: StepPlan
-
-
-def make_step(tree: Tree) -> Step:
-    rng = np.random.default_rng(tree.seed)
-    sizes = [-(-node.length // tree.page_size) for node in tree.nodes]
-    num_pages = sum(sizes) + 3
-    order = np.arange(num_pages) if tree.adjacent else rng.permutation(num_pages)
-    pages = [part.tolist() for part in np.split(order, np.cumsum(sizes))[:-1]]
-    row_order = rng.permutation(tree.num_rows) if tree.seed % 2 else np.arange(tree.num_rows)
-    rows = [part.tolist() for part in np.split(row_order, np.cumsum([node.new for node in tree.nodes]))[:-1]]
-
-    def normal(rows: int, heads: int) -> torch.Tensor:
-        return torch.from_numpy(rng.standard_normal((rows, heads, tree.head_dim)) * tree.magnitude).to(tree.dtype)
-
-    return Step(
-        queries=normal(tree.num_rows, tree.kv_heads * tree.group),
-        keys=[normal(node.length, tree.kv_heads) for node in tree.nodes],
-        values=[normal(node.length, tree.kv_heads) for node in tree.nodes],
-        pages=pages,
-        num_pages=num_pages,
-        rows=rows,
-        plan=make_plan(tree, pages, rows),
-    )
-
-
-def make_plan(tree: Tree, pages: list[list[int]], rows: list[list[int]]) -> StepPlan:
-    slots = torch.full((tree.num_rows,), -1)
-    visits = []  # (depth, node, rows, causal)
-    for index, node in enumerate(tree.nodes):
-        depth = len(tree.path(index)) - 1
-        for token, row in zip(range(node.length - node.new, node.length), rows[index], strict=True):
-            slots[row] = pages[index][token // tree.page_size] * tree.page_size + token % tree.page_size
-        if rows[index]:
-            visits.append((depth, index, rows[index], True))
-        below = [row for other in range(len(rows)) if index in tree.path(other)[:-1] for row in rows[other]]
-        if below:
-            visits.append((depth, index, below, False))
-    visits.sort(key=lambda visit: visit[0])
-    return StepPlan(
-        slots=slots,
-        visit_pages=np.array([page for visit in visits for page in pages[visit[1]]], np.int32),
-        visit_page_offsets=np.cumsum([0, *(len(pages[visit[1]]) for visit in visits)]).astype(np.int32),
-        visit_kv_len=np.array([tree.nodes[visit[1]].length for visit in visits], np.int32),
-        visit_rows=np.array([row for visit in visits for row in visit[2]], np.int32),
-        visit_row_offsets=np.cumsum([0, *(len(visit[2]) for visit in visits)]).astype(np.int32),
-        visit_depth=np.array([visit[0] for visit in visits], np.int32),
-        visit_causal=np.array([visit[3] for visit in visits], bool),
-        page_size=tree.page_size,
-    )
-
-
 def run(tree: Tree, step: Step, backend: str = "reference") -> torch.Tensor:
-    """Stores the new tokens through `store_kv`, all others by hand, into a pool that is NaN elsewhere; attends."""
-    shape = (step.num_pages, tree.page_size, tree.kv_heads, tree.head_dim)
-    pools = [torch.full(shape, torch.nan, dtype=tree.dtype) for _ in range(2)]
-    new = [torch.full((tree.num_rows, *shape[2:]), torch.nan, dtype=tree.dtype) for _ in range(2)]
-    for index, node in enumerate(tree.nodes):
-        for pool, rows, tokens in zip(pools, new, (step.keys[index], step.values[index]), strict=True):
-            for token in range(node.length - node.new):
-                pool[step.pages[index][token // tree.page_size], token % tree.page_size] = tokens[token]
-            rows[step.rows[index]] = tokens[node.length - node.new :]
-    paged_attention.store_kv(*new, *pools, step.plan)
-    attend = paged_attention.prefill if any(node.new > 1 for node in tree.nodes) else paged_attention.decode
     mode = {"deterministic": True} if backend == "deterministic" else {"backend": backend}
-    return attend(step.queries, *pools, step.plan, scale=tree.head_dim**-0.5, **mode)
+    decodes = backend == "cpp" or all(node.new <= 1 for node in tree.nodes)  # "cpp" has no prefill of its own
+    return attend(tree, step, partial(paged_attention.decode if decodes else paged_attention.prefill, **mode))
 
 
-def gathered(tree: Tree, step: Step):
-    """Yields (row, keys, values) with float [L, kv_heads, head_dim]: the tokens this row sees, root first."""
-    for index, node in enumerate(tree.nodes):
-        above = tree.path(index)[:-1]
-        for token, row in enumerate(step.rows[index], node.length - node.new):
-            seen = [[*(kv[i] for i in above), kv[index][: token + 1]] for kv in (step.keys, step.values)]
-            yield row, torch.cat(seen[0]), torch.cat(seen[1])
-
-
-def exact(tree: Tree, step: Step) -> tuple[np.ndarray, float]:
-    """float64 softmax attention, [T, heads, head_dim], and the largest |log-sum-exp|."""
-    out, largest = np.zeros(step.queries.shape), 0.0
-    for row, keys, values in gathered(tree, step):
-        for head in range(tree.kv_heads * tree.group):
-            k, v = (x[:, head // tree.group].double().numpy() for x in (keys, values))
-            scores = k @ step.queries[row, head].double().numpy() * tree.head_dim**-0.5
-            weights = np.exp(scores - scores.max())
-            out[row, head] = weights @ v / weights.sum()
-            largest = max(largest, abs(scores.max() + np.log(weights.sum())))
-    return out, largest
-
-
-def plain(tree: Tree, step: Step) -> torch.Tensor:
-    """What anyone would write in float32, for the size of its error."""
-    out = torch.zeros(step.queries.shape)
-    for row, keys, values in gathered(tree, step):
-        k, v = (x.float().repeat_interleave(tree.group, 1) for x in (keys, values))
-        scores = torch.einsum("hd,lhd->hl", step.queries[row].float(), k) * tree.head_dim**-0.5
-        out[row] = torch.einsum("hl,lhd->hd", scores.softmax(-1), v)
-    return out.to(tree.dtype)
-
-
-def assert_exact(tree: Tree, step: Step, got: torch.Tensor) -> None:
-    """Error at most twice that of plain float32 attention, one ulp, and what rounding log-sum-exps costs a merge."""
-    assert got.dtype == tree.dtype
-    assert got.shape == step.queries.shape
-    if not tree.num_rows:
-        return
-    truth, largest_lse = exact(tree, step)
-    merges = max(len(tree.path(index)) for index, node in enumerate(tree.nodes) if node.new) - 1
-    tolerance = 2 * np.abs(plain(tree, step).double().numpy() - truth).max()
-    tolerance += torch.finfo(tree.dtype).eps * np.abs(truth).max()
-    # A log-sum-exp is rounded to eps / 2 * |lse|, twice a merge, and so much is a weight off, relatively.
-    tolerance += merges * FLOAT32_EPS * largest_lse * max(float(v.abs().max()) for v in step.values)
-    error = np.abs(got.double().numpy() - truth).max()  # NaN, from an unwritten slot, fails the comparison
-    assert error <= tolerance
-
-
-def check(tree: Tree, backend: str = "reference") -> torch.Tensor:
+def check(tree: Tree, backend: str = "reference", tiles: tuple[int, int] = TILES[-1]) -> torch.Tensor:
     step = make_step(tree)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "SCORE_TILE", tree.tiles[0])
-        patch.setattr(reference, "MAX_BATCH_TOKENS", tree.tiles[1])
-        patch.setattr(deterministic, "KV_CHUNK", min(tree.tiles[1] + 3, 512))
+        patch.setattr(reference, "SCORE_TILE", tiles[0])
+        patch.setattr(reference, "MAX_BATCH_TOKENS", tiles[1])
+        patch.setattr(deterministic, "KV_CHUNK", min(tiles[1] + 3, 512))
         got = run(tree, step, backend)
     assert_exact(tree, step, got)
     return got
@@ -209,7 +58,6 @@ def trees(draw: st.DrawFn, kind: str) -> Tree:
         head_dim=draw(st.sampled_from([1, 5, 8, 13, 64])),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float16])),
         seed=draw(st.integers(0, 2**16)),
-        tiles=draw(st.sampled_from(TILES)),
         adjacent=draw(st.booleans()),
     )
 
@@ -225,26 +73,26 @@ SAME_STEP = (Node(None, 5, 5), Node(0, 4, 4), Node(0, 9, 9), Node(2, 1, 1))  # a
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=60)
-@given(tree=trees("prefill"))
-@example(tree=Tree(SAME_STEP, page_size=4))
-def test_prefill(backend, tree):
-    check(tree, backend)
+@given(tree=trees("prefill"), tiles=st.sampled_from(TILES))
+@example(tree=Tree(SAME_STEP, page_size=4), tiles=TILES[-1])
+def test_prefill(backend, tree, tiles):
+    check(tree, backend, tiles)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=60)
-@given(tree=trees("decode"))
-@example(tree=Tree(SHARED_PROMPT, page_size=4))
-def test_decode(backend, tree):
-    check(tree, backend)
+@given(tree=trees("decode"), tiles=st.sampled_from(TILES))
+@example(tree=Tree(SHARED_PROMPT, page_size=4), tiles=TILES[-1])
+def test_decode(backend, tree, tiles):
+    check(tree, backend, tiles)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=60)
-@given(tree=trees("mixed"))
-@example(tree=Tree((Node(None, 8, 3), Node(0, 5, 2), Node(0, 3, 1)), page_size=4, seed=1))
-def test_prefill_and_decode_in_one_step(backend, tree):
-    check(tree, backend)
+@given(tree=trees("mixed"), tiles=st.sampled_from(TILES))
+@example(tree=Tree((Node(None, 8, 3), Node(0, 5, 2), Node(0, 3, 1)), page_size=4, seed=1), tiles=TILES[-1])
+def test_prefill_and_decode_in_one_step(backend, tree, tiles):
+    check(tree, backend, tiles)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,7 +115,7 @@ def test_tile_boundaries(num_rows, limit):
     tree = Tree((Node(None, 12, 12), Node(0, 7, 7)), page_size=4)
     scores = num_rows * 12 * tree.kv_heads * tree.group
     for tokens in (11, 12, 13, 16, 17):
-        check(replace(tree, tiles=(scores + limit - 1, tokens)))
+        check(tree, tiles=(scores + limit - 1, tokens))
 
 
 def test_a_plan_serves_every_layer():
@@ -378,9 +226,9 @@ def test_wrong_queries(argument, change, message):
     step = make_step(Tree(SAME_STEP, page_size=4))
     tensors = {"queries": step.queries, "key_pool": torch.zeros(9, 4, 2, 5), "value_pool": torch.zeros(9, 4, 2, 5)}
     tensors[argument] = change(tensors[argument])
-    for attend in (paged_attention.prefill, paged_attention.decode):
+    for operation in (paged_attention.prefill, paged_attention.decode):
         with pytest.raises(ValueError, match=message):
-            attend(**tensors, plan=step.plan, scale=1.0)
+            operation(**tensors, plan=step.plan, scale=1.0)
 
 
 @pytest.mark.parametrize(("argument", "change", "message"), WRONG_KV.values(), ids=WRONG_KV)

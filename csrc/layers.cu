@@ -11,4 +11,8 @@ void rms_norm_backward(const RmsNormBackwardArguments& arguments, OnDevice devic
     rms_norm_backward(arguments, DeviceRun{"rms_norm_backward", device.stream});
 }
 
+void rope_store_kv(const RopeArguments& arguments, OnDevice device) {
+    rope_store_kv(arguments, DeviceRun{"rope_store_kv", device.stream});
+}
+
 }  // namespace foveate

@@ -86,6 +86,46 @@ struct RmsNormWeightGradient {
     }
 };
 
+// One head of one token: of its queries first, then of its keys, then of its values.
+template <class T>
+struct RopeHead {
+    static constexpr int lanes = kWarp;
+    RopeArguments a;
+
+    template <class Block>
+    FOVEATE_FN void operator()(Block& block, std::int64_t unit) const {
+        const std::int64_t heads = a.heads + 2 * a.kv_heads, row = unit / heads, head = unit % heads,
+                           kv_head = (head - a.heads) % a.kv_heads;
+        if (head < a.heads) {
+            rotate(block, row, of(a.queries, row, head),
+                   static_cast<T*>(a.rotated) + (row * a.heads + head) * a.head_dim);
+            return;
+        }
+        const std::int64_t place = (a.slots[row] * a.kv_heads + kv_head) * a.head_dim;
+        if (head < a.heads + a.kv_heads) {
+            rotate(block, row, of(a.keys, row, kv_head), static_cast<T*>(a.key_pool) + place);
+            return;
+        }
+        const T* value = of(a.values, row, kv_head);
+        T* to = static_cast<T*>(a.value_pool) + place;
+        block.for_each(a.head_dim, [&](std::int64_t d) { to[d] = value[d]; });
+    }
+
+    FOVEATE_FN static const T* of(const RopeArguments::Heads& x, std::int64_t row, std::int64_t head) {
+        return static_cast<const T*>(x.data) + row * x.row_stride + head * x.head_stride;
+    }
+
+    template <class Block>
+    FOVEATE_FN void rotate(Block& block, std::int64_t row, const T* x, T* out) const {
+        const std::int64_t half = a.head_dim / 2;
+        const T *cos = static_cast<const T*>(a.cos) + row * a.head_dim,
+                *sin = static_cast<const T*>(a.sin) + row * a.head_dim;
+        const auto turn = [](float own, float other, float c, float s) { return fmaf(other, s, own * c); };
+        block.template map<T>(half, out, turn, x, x + half, cos, sin);
+        block.template map<T>(half, out + half, turn, x + half, x, cos + half, sin + half);
+    }
+};
+
 // A row this long is worth a thread block. It depends on the row alone, so that a batch changes no bit.
 constexpr std::int64_t kLongRow = 1024;
 
@@ -118,6 +158,12 @@ void rms_norm_backward(const RmsNormBackwardArguments& a, const Run& run) {
         const RmsNormWeightGradient<T> weight{grad, x, a.scale, a.grad_weight, a.rows, a.dim};
         run(weight, weight.slabs() * weight.tiles());
     });
+}
+
+template <class Run>
+void rope_store_kv(const RopeArguments& a, const Run& run) {
+    with_float(a.dtype,
+               [&](auto zero) { run(RopeHead<decltype(zero)>{a}, a.rows * (a.heads + 2 * a.kv_heads)); });
 }
 
 }  // namespace foveate

@@ -52,4 +52,26 @@ constexpr std::int64_t kGradientRows = 64;
 void rms_norm_backward(const RmsNormBackwardArguments& arguments, OnHost);
 void rms_norm_backward(const RmsNormBackwardArguments& arguments, OnDevice device);
 
+// Rotary embedding of queries and keys, (a, b) -> (a cos - b sin, b cos + a sin) for the halves a, b of a
+// head; keys and values go to their slots of the pools.
+struct RopeArguments {
+    // Where [rows, heads, head_dim] lies, whose last dimension is contiguous. Strides in elements.
+    struct Heads {
+        const void* data;
+        std::int64_t row_stride, head_stride;
+    };
+    DType dtype;  // of all but slots
+    Heads queries, keys, values;
+    const void* cos;            // [rows, head_dim]
+    const void* sin;            // likewise, negated in the first half
+    const std::int64_t* slots;  // [rows]
+    void* rotated;              // [rows, heads, head_dim]
+    void* key_pool;             // [slots, kv_heads, head_dim]
+    void* value_pool;
+    std::int64_t rows, heads, kv_heads, head_dim;  // head_dim is even
+};
+
+void rope_store_kv(const RopeArguments& arguments, OnHost);
+void rope_store_kv(const RopeArguments& arguments, OnDevice device);
+
 }  // namespace foveate

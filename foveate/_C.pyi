@@ -17,6 +17,18 @@ def rms_norm(x: Any, weight: Any, eps: float, out: Any, scale: Any, stream: int 
 def rms_norm_backward(
     grad: Any, x: Any, weight: Any, scale: Any, grad_x: Any, grad_weight: Any, stream: int = 0
 ) -> None: ...
+def rope_store_kv(
+    queries: Any,
+    keys: Any,
+    values: Any,
+    cos: Any,
+    sin: Any,
+    key_pool: Any,
+    value_pool: Any,
+    slots: Any,
+    out: Any,
+    stream: int = 0,
+) -> None: ...
 def decode_attention(
     queries: Any,
     key_pool: Any,

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer outside attention and sampling: `rms_norm`, `linear`, `elementwise`.
+"""The parts of a decoder layer outside attention and sampling: `rms_norm`, `rope_store_kv`, `linear`, `elementwise`.
 
     rms_norm(x) = x / sqrt(mean(x^2) + eps) * weight over the last dimension
 
@@ -13,10 +13,11 @@ from collections.abc import Callable
 
 import torch
 
-from foveate.kernels.dispatch import choose, require
+from foveate.kernels.dispatch import choose, choose_among, require
 from foveate.kernels.layers import operators, reference
+from foveate.kernels.layers.reference import rotate
 
-__all__ = ["elementwise", "linear", "rms_norm"]
+__all__ = ["elementwise", "linear", "rms_norm", "rope_store_kv", "rotate"]
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -38,6 +39,35 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str 
     # Nothing to record and nothing that traces: the operator's wrappers would cost more than a short row.
     plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(rows) in _PLAIN
     return (operators.forward if plain else operators.rms_norm)(rows, weight, eps, chosen)[0].view(x.shape)
+
+
+def rope_store_kv(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Rotary embedding of queries and keys; rotated keys, and values, go to pool slot `slots[r]` of row r, in place.
+
+    queries: float [T, heads, head_dim], keys, values: [T, kv_heads, head_dim]; any strides with a contiguous last
+    dimension. cos, sin: [T, head_dim], contiguous, sin negated in the first half: see `rotate`. key_pool, value_pool:
+    [pages, page_size, kv_heads, head_dim], contiguous. All of one dtype and device. slots: int64 [T], page * page_size
+    + offset, each at most once. Returns the rotated queries, [T, heads, head_dim]. Without gradients. A row's bits
+    depend on nothing but the row. Raises ValueError where shapes, dtypes, devices or (on a CPU) slots do not fit.
+    Source: Su et al., arXiv 2104.09864, the halves of a head being turned, as in transformers.
+    """
+    require(queries.dim() == 3 and queries.shape[2] % 2 == 0, "[T, heads, head_dim], even", list(queries.shape),
+            "queries")  # fmt: skip
+    backends = ("cuda", "cpp", "reference")
+    chosen = choose_among(backends, "rope_store_kv", "layers", backend, queries.device, queries.dtype)
+    run = reference.rope_store_kv if chosen == "reference" else operators.rope_store_kv
+    return run(queries, keys, values, cos, sin, key_pool, value_pool, slots)
 
 
 def linear(

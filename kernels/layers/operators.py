@@ -45,6 +45,13 @@ def _fake_backward(
     return torch.empty_like(x), torch.empty_like(weight)
 
 
+def rope_store_kv(queries, keys, values, cos, sin, key_pool, value_pool, slots) -> torch.Tensor:
+    """See `foveate.kernels.layers.rope_store_kv`. No operator: it writes where a plan says, which nothing traces."""
+    out = queries.new_empty(queries.shape)
+    _C.rope_store_kv(queries, keys, values, cos, sin, key_pool, value_pool, slots, out, stream_of(out))
+    return out
+
+
 def _save(ctx, inputs, output) -> None:
     x, weight, _, ctx.backend = inputs
     ctx.save_for_backward(x, weight, output[1])

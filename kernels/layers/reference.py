@@ -21,6 +21,22 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * normed.to(x.dtype)
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [T, heads, head_dim]: (a, b) -> (a cos - b sin, b cos + a sin) for its halves a, b.
+
+    cos, sin: [T, 1, head_dim], sin negated in the first half.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def rope_store_kv(queries, keys, values, cos, sin, key_pool, value_pool, slots) -> torch.Tensor:
+    """See `foveate.kernels.layers.rope_store_kv`."""
+    cos, sin = cos[:, None], sin[:, None]
+    key_pool.view(-1, *key_pool.shape[2:]).index_copy_(0, slots, rotate(keys, cos, sin))
+    value_pool.view(-1, *value_pool.shape[2:]).index_copy_(0, slots, values)
+    return rotate(queries, cos, sin)
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """See `foveate.kernels.layers.linear`.
 

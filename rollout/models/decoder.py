@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from foveate.kernels import paged_attention
 from foveate.kernels.dispatch import choose, for_family
-from foveate.kernels.layers import elementwise, linear, rms_norm
+from foveate.kernels.layers import elementwise, linear, rms_norm, rope_store_kv, rotate
 from foveate.kernels.paged_attention import StepPlan
 from foveate.rollout.models.spec import Deepstack, ModelSpec
 from foveate.rollout.models.weights import LayerWeights, Weights
@@ -33,6 +33,7 @@ class Decoder:
         self.backend = backend
         # What a decode step calls in every layer is chosen once: of a small model's step it took 0.5 ms of 20.
         self.layers_backend = choose("layers", backend, weights.device, weights.dtype)
+        self.rope_backend = self.layers_backend if self.layers_backend != "triton" else None
         self.attention_backend = for_family("paged_attention", backend)
         self.decode_backend = paged_attention.decode_backend(
             weights.device, weights.dtype, spec.head_dim, deterministic=deterministic, backend=self.attention_backend
@@ -89,11 +90,14 @@ class Decoder:
         size = kv_pool.shape[1]
         for index in layers:
             layer, plan = self.weights.layers[index], plans[(index - layers.start) // size]
-            keys, values = kv_pool[0, index % size], kv_pool[1, index % size]
-            q, k, v = projected or self.project(self.norm(hidden, layer.input_norm, layer.eps), layer, *rotary)
-            projected = None
-            paged_attention.store_kv(k, v, keys, values, plan, backend=self.attention_backend)
-            mixed = attention(q, keys, values, plan)
+            pools = kv_pool[0, index % size], kv_pool[1, index % size]
+            if projected is None:
+                q = self.project_and_store(self.norm(hidden, layer.input_norm, layer.eps), layer, rotary, pools, plan)
+            else:
+                q, k, v = projected
+                projected = None
+                paged_attention.store_kv(k, v, *pools, plan, backend=self.attention_backend)
+            mixed = attention(q, *pools, plan)
             hidden = hidden + self.linear(mixed.flatten(1), *layer.o)
             hidden = hidden + self.mlp(self.norm(hidden, layer.post_norm, layer.eps), layer)
             if deepstack is not None and 0 <= index - deepstack.first < len(deepstack.levels):
@@ -103,8 +107,25 @@ class Decoder:
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return rms_norm(x, weight, eps, backend=self.layers_backend)
 
+    def project_and_store(self, x, layer: LayerWeights, rotary, pools, plan: StepPlan) -> torch.Tensor:
+        """q, rotated, float [T, heads, head_dim]; rotated keys, and values, go into the layer's pools."""
+        if self.deterministic:  # the bits of `project`: a stage of pruning begins with it in one step, not in another
+            q, k, v = self.project(x, layer, *rotary)
+            paged_attention.store_kv(k, v, *pools, plan, backend=self.attention_backend)
+            return q
+        qk, v = self.heads(x, layer)
+        q, k = qk.split([self.spec.num_heads, self.spec.num_kv_heads], dim=1)
+        cos, sin = rotary
+        return rope_store_kv(q, k, v, cos[:, 0], sin[:, 0], *pools, plan.slots, backend=self.rope_backend)
+
     def project(self, x: torch.Tensor, layer: LayerWeights, cos: torch.Tensor, sin: torch.Tensor):
         """-> q [T, heads, head_dim], k and v [T, kv_heads, head_dim]; q and k rotated."""
+        qk, v = self.heads(x, layer)
+        q, k = rotate(qk, cos, sin).split([self.spec.num_heads, self.spec.num_kv_heads], dim=1)
+        return q, k, v
+
+    def heads(self, x: torch.Tensor, layer: LayerWeights) -> tuple[torch.Tensor, torch.Tensor]:
+        """-> q and k [T, heads + kv_heads, head_dim], v [T, kv_heads, head_dim]"""
         heads, kv_heads, head_dim = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
         if len(layer.qkv) > 1:
             q, k, v = (self.linear(x, *part).unflatten(-1, (-1, head_dim)) for part in layer.qkv)
@@ -115,8 +136,7 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = qk.split([heads, kv_heads], dim=1)
             qk = torch.cat([self.norm(q, layer.q_norm, layer.eps), self.norm(k, layer.k_norm, layer.eps)], dim=1)
-        q, k = rotate(qk, cos, sin).split([heads, kv_heads], dim=1)
-        return q, k, v
+        return qk, v
 
     def mlp(self, x: torch.Tensor, layer: LayerWeights) -> torch.Tensor:
         if len(layer.gate_up) > 1:
@@ -137,8 +157,3 @@ class Decoder:
         cos, sin = (self.elementwise(f, angles) * module.attention_scaling for f in (torch.cos, torch.sin))
         cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         return cos[:, None].to(dtype), sin[:, None].to(dtype)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [T, heads, head_dim]: (a, b) -> (a cos - b sin, b cos + a sin) for its halves a, b."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)

@@ -297,6 +297,7 @@ def test_what_does_not_fit_is_named(argument, change, message):
         torch.ops.foveate.decode_attention(*arguments)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif("cuda" not in available("paged_attention", torch.device("cuda", 0)), reason="no CUDA build")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -75,9 +75,8 @@ class Engine(Reports, Scoring, Updates):
             self._runner = Runner(self.spec, self._weights, self.config, pool.num_pages, groups)
             self._intake = Intake(self.config, self.spec, self._processor)
         finish = partial(output.finish, tokenizer=self._processor.tokenizer, versions=self._versions)
-        self._desk = Desk(
-            self._scheduler, finish
-        )  # whoever changes anything has its turn; prompts are prepared without
+        # Whoever changes anything has its turn at the desk; prompts are prepared without.
+        self._desk = Desk(self._scheduler, finish)
         self._preparing = threading.Lock()  # of prompts, without a turn; tokenizers need not be thread-safe
         self._stepper = Stepper(self._desk)
         self._num_prefilled = self._num_steps = 0

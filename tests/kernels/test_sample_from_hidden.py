@@ -228,9 +228,14 @@ def test_masks_are_bits(vocab):
         assert [(value >> 32 * i) & 0xFFFFFFFF for i in range(words.shape[1])] == (
             words[row].long() & 0xFFFFFFFF
         ).tolist()
+        assert torch.equal(masks.of_ids(allowed[row].nonzero().flatten().tolist(), vocab), words[row])
+        assert [masks.has(words[row], token) for token in range(vocab)][:99] == allowed[row].tolist()[:99]
     assert torch.equal(masks.unpack(words, vocab), allowed)
     with pytest.raises(ValueError, match=r"\(allowed\)"):
         masks.unpack(words[:, :0], vocab)
+    for beyond in (-1, vocab):
+        with pytest.raises(ValueError, match=rf"expected ids in \[0, {vocab}\), got \[0, {beyond}\] \(ids\)"):
+            masks.of_ids([0, beyond], vocab)
 
 
 def test_logits_are_drawn_from_by_others():

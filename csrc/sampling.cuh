@@ -300,7 +300,7 @@ struct SampleRow {
         std::int32_t any = 0;
         FOVEATE_SIMD_OR(any)
         for (int j = 0; j < kChunk; ++j) {
-            const bool counts = keeps(c, allowed[j], first + j) == kept;
+            const bool counts = (keeps(c, allowed[j], first + j) == kept) & (z[j] > -kInfinity);
             z[j] = counts ? z[j] - base : -kInfinity;
             any |= counts ? 1 : 0;
         }

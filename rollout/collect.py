@@ -110,8 +110,9 @@ class Collector:
         parts = {part: numbers(values, f"{name}, {part}") for part, values in table.parts.items()}
         table = RewardTable(parts, numbers(table.totals, name))
         for part, values in {**table.parts, "total": table.totals}.items():
-            finite = all(value is None or math.isfinite(value) for value in values)
-            require(finite, f"finite values of {part!r} or None", values, name)
+            for index, value in enumerate(values):
+                finite = value is None or math.isfinite(value)
+                require(finite, f"a finite {part!r} or None", value, f"{name}, sample {index}")
         learnable = [len(r.token_ids) > 0 and r.finish_reason != "error" for r in group.rollouts]
         totals = [total if ok else None for total, ok in zip(table.totals, learnable, strict=True)]
         return replace(table, totals=totals)

@@ -21,7 +21,10 @@ pytest.importorskip("triton")
 triton_loss = pytest.importorskip("foveate.kernels.policy_loss.triton_loss")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = pytest.mark.skipif("triton" not in available("policy_loss", DEVICE), reason="needs Triton")
+pytestmark = [
+    pytest.mark.skipif("triton" not in available("policy_loss", DEVICE), reason="needs Triton"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of rows without target in the interpreter
+]
 
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3}
 NARROW = {"clip_low": 0.02, "clip_high": 0.03}

@@ -168,7 +168,7 @@ def test_seeds_of_requests():
 
 
 @pytest.mark.parametrize("where", ["total", "part"])
-def test_a_nan_reward_names_its_request(where):
+def test_a_nan_reward_names_its_sample(where):
     def broken(group):
         table = reward(group)
         bad = [*table.totals[:-1], float("nan")]
@@ -176,7 +176,9 @@ def test_a_nan_reward_names_its_request(where):
             return table
         return replace(table, totals=bad) if where == "total" else replace(table, parts={"low": bad})
 
-    with pytest.raises(ValueError, match=r"finite.*reward of request 'p1'"):
+    with pytest.raises(
+        ValueError, match=r"a finite '(total|low)' or None, got nan \(reward of request 'p1', sample 2\)"
+    ):
         make(reward=broken).train_step(prompts(2))
 
 

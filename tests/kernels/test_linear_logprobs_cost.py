@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from foveate.kernels.dispatch import available
-from foveate.kernels.policy_loss import linear_logprobs
+from foveate.kernels.policy_loss import linear_logprobs, linear_policy_loss
 from foveate.kernels.policy_loss.reference import logprobs as reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,3 +124,27 @@ def test_peak_memory_on_a_gpu(monkeypatch):
     step()
     own = (1 << 24) + 3 * hidden.numel() * 4 + head.numel() * (2 + 4) + 4 * 33 * rows * 4
     assert torch.cuda.max_memory_allocated() - before < own < rows * vocab
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+def test_peak_memory_of_the_loss_on_a_gpu(monkeypatch):
+    """Logits and their gradients, of hidden states a copy and two gradients, and the LM head's in two dtypes."""
+    from foveate.kernels.policy_loss import triton_logits
+
+    monkeypatch.setattr(triton_logits, "CHUNK_BYTES", 1 << 27)
+    rows, width, vocab = 4096, 512, 65_536
+    hidden, head = (torch.randn(n, width, device=DEVICE).bfloat16().requires_grad_() for n in (rows, vocab))
+    targets = torch.randint(vocab, (rows,), device=DEVICE)
+    ids = torch.arange(rows, dtype=torch.int32, device=DEVICE) // 512
+    given = {"advantages": torch.ones(8, device=DEVICE), "sequence_ids": ids, "denominator": float(rows)}
+
+    def step():
+        loss = linear_policy_loss(hidden, head, targets, **given, backend="triton").loss
+        return torch.autograd.grad(loss, (hidden, head))
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    own = (1 << 27) + hidden.numel() * (2 + 3 * 4 + 2) + head.numel() * (4 + 2) + 64 * rows * 4
+    assert torch.cuda.max_memory_allocated() - before < own < rows * vocab * 2

@@ -119,7 +119,7 @@ def attend(tree: Tree, step: Step, operation: Callable[..., torch.Tensor]) -> to
             for token in range(node.length - node.new):
                 pool[step.pages[index][token // tree.page_size], token % tree.page_size] = tokens[token]
             rows[step.rows[index]] = tokens[node.length - node.new :]
-    paged_attention.store_kv(*new, *pools, step.plan)
+    paged_attention.store_kv(new[0], new[1], pools[0], pools[1], step.plan)
     return operation(step.queries, *pools, step.plan, scale=tree.head_dim**-0.5)
 
 

@@ -82,9 +82,18 @@ def _prepare(plan: StepPlan, group: int, device: torch.device) -> Tiles:
     row_parts = np.empty_like(entry_chunks)
     row_parts[order] = entry_chunks[order].cumsum() - entry_chunks[order]
     ends = np.bincount(plan.visit_rows, entry_chunks, plan.num_rows).cumsum()
-    arrays = (plan.visit_pages, plan.visit_rows, tiles, row_parts, np.concatenate([[0], ends]))
-    tensors = (torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device) for array in arrays)
-    return Tiles(*tensors, num_parts=int(entry_chunks.sum()))
+
+    def on_device(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
+
+    return Tiles(
+        pages=on_device(plan.visit_pages),
+        rows=on_device(plan.visit_rows),
+        tiles=on_device(tiles),
+        row_parts=on_device(row_parts),
+        part_offsets=on_device(np.concatenate([[0], ends])),
+        num_parts=int(entry_chunks.sum()),
+    )
 
 
 def _ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

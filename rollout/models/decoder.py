@@ -15,6 +15,7 @@ from foveate.kernels.paged_attention import StepPlan
 from foveate.rollout.models.spec import Deepstack, ModelSpec
 from foveate.rollout.models.weights import LayerWeights, Weights
 
+Pair = tuple[torch.Tensor, torch.Tensor]
 ROW_BLOCK = 64  # of every matrix product in deterministic mode
 
 
@@ -68,7 +69,7 @@ class Decoder:
         self,
         layers: range,
         hidden: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotary: Pair,
         kv_pool: torch.Tensor,
         plans: Sequence[StepPlan],
         *,
@@ -107,7 +108,9 @@ class Decoder:
     def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return rms_norm(x, weight, eps, backend=self.layers_backend)
 
-    def project_and_store(self, x, layer: LayerWeights, rotary, pools, plan: StepPlan) -> torch.Tensor:
+    def project_and_store(
+        self, x: torch.Tensor, layer: LayerWeights, rotary: Pair, pools: Pair, plan: StepPlan
+    ) -> torch.Tensor:
         """q, rotated, float [T, heads, head_dim]; rotated keys, and values, go into the layer's pools."""
         if self.deterministic:  # the bits of `project`: a stage of pruning begins with it in one step, not in another
             q, k, v = self.project(x, layer, *rotary)
@@ -124,7 +127,7 @@ class Decoder:
         q, k = rotate(qk, cos, sin).split([self.spec.num_heads, self.spec.num_kv_heads], dim=1)
         return q, k, v
 
-    def heads(self, x: torch.Tensor, layer: LayerWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    def heads(self, x: torch.Tensor, layer: LayerWeights) -> Pair:
         """-> q and k [T, heads + kv_heads, head_dim], v [T, kv_heads, head_dim]"""
         heads, kv_heads, head_dim = self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim
         if len(layer.qkv) > 1:
@@ -148,7 +151,7 @@ class Decoder:
     def elementwise(self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         return elementwise(function, x) if self.deterministic else function(x)
 
-    def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary(self, positions: torch.Tensor, dtype: torch.dtype) -> Pair:
         """int64 [3, T] -> cos, signed sin [T, 1, head_dim], for `rotate`. Frequencies are the module's own buffer."""
         module = self.spec.decoder.rotary_emb
         frequencies = module.inv_freq.float()  # [head_dim / 2]

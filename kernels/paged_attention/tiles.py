@@ -48,7 +48,7 @@ def tiles_of(plan: StepPlan, group: int, num_pages: int, device: torch.device) -
             _check(plan)
             plan.prepared[key] = _prepare(plan, group, device)
         else:
-            plan.prepared[key] = replace(like, pages=torch.from_numpy(plan.visit_pages).to(device))
+            plan.prepared[key] = replace(like, pages=_on(device, plan.visit_pages))
     return plan.prepared[key]
 
 
@@ -82,18 +82,18 @@ def _prepare(plan: StepPlan, group: int, device: torch.device) -> Tiles:
     row_parts = np.empty_like(entry_chunks)
     row_parts[order] = entry_chunks[order].cumsum() - entry_chunks[order]
     ends = np.bincount(plan.visit_rows, entry_chunks, plan.num_rows).cumsum()
-
-    def on_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
-
     return Tiles(
-        pages=on_device(plan.visit_pages),
-        rows=on_device(plan.visit_rows),
-        tiles=on_device(tiles),
-        row_parts=on_device(row_parts),
-        part_offsets=on_device(np.concatenate([[0], ends])),
+        pages=_on(device, plan.visit_pages),
+        rows=_on(device, plan.visit_rows),
+        tiles=_on(device, tiles),
+        row_parts=_on(device, row_parts),
+        part_offsets=_on(device, np.concatenate([[0], ends])),
         num_parts=int(entry_chunks.sum()),
     )
+
+
+def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
 
 
 def _ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -243,18 +243,18 @@ def _read_wrong_layer(monkeypatch: pytest.MonkeyPatch, use_keys: bool) -> None:
 
 @mutant(("qwen2", "qwen2_5_vl"))
 def qkv_bias_dropped(monkeypatch):
-    def project(original, self, x, layer, cos, sin):
-        return original(self, x, dataclasses.replace(layer, qkv=[(weight, None) for weight, _ in layer.qkv]), cos, sin)
+    def heads(original, self, x, layer):
+        return original(self, x, dataclasses.replace(layer, qkv=[(weight, None) for weight, _ in layer.qkv]))
 
-    _change(monkeypatch, Decoder, "project", project)
+    _change(monkeypatch, Decoder, "heads", heads)
 
 
 @mutant(("qwen3",))
 def head_norms_dropped(monkeypatch):
-    def project(original, self, x, layer, cos, sin):
-        return original(self, x, dataclasses.replace(layer, q_norm=None, k_norm=None), cos, sin)
+    def heads(original, self, x, layer):
+        return original(self, x, dataclasses.replace(layer, q_norm=None, k_norm=None))
 
-    _change(monkeypatch, Decoder, "project", project)
+    _change(monkeypatch, Decoder, "heads", heads)
 
 
 @mutant()

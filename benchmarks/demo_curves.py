@@ -15,7 +15,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.pruning import METHODS
 
 MEANS, LAST_STEPS = ("policy/", "reward/"), 20  # the metrics in a row, means of the last steps
+SHOWN = ("logprob_difference_mean", "ess")  # in the table
 
 
 @dataclass(frozen=True)
@@ -92,28 +93,29 @@ def run_seed(seed: int, arms: Sequence[str], options: argparse.Namespace) -> Non
 
 
 def table(paths: Sequence[Path]) -> str:
-    """Mean and spread of each arm over its seeds, in Markdown."""
+    """Markdown: each arm's held-out accuracy in percent by step, mean over its seeds, and what there is at last."""
     rows = defaultdict(list)
     for path in paths:
         for line in path.read_text().splitlines():
             row = json.loads(line)
             rows[row["arm"]].append(row)
-    lines = [
-        "| arm | seeds | before | a third | two thirds | after | after, all tokens |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    steps = [step for step, _, _ in next(iter(rows.values()))[0]["curve"]]
+    head = ["arm", "seeds", *map(str, steps), "from-to", "all tokens", "perception", "difference", "ESS"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for arm, found in rows.items():
         curves = [row["curve"] for row in found]
-        places = [0, round((len(curves[0]) - 1) / 3), round(2 * (len(curves[0]) - 1) / 3), -1]
-        values = [[curve[place][1] for curve in curves] for place in places]
-        values.append([row["unpruned_accuracy"] for row in found])
-        lines.append(f"| {arm} | {len(found)} | {' | '.join(map(_spread, values))} |")
+        assert all([step for step, _, _ in curve] == steps for curve in curves), "arms of equal length"
+        means = [_mean(100 * curve[place][1] for curve in curves) for place in range(len(steps))]
+        last = [100 * curve[-1][1] for curve in curves]
+        numbers = [*means, f"{min(last):.1f}-{max(last):.1f}" if len(last) > 1 else ""]
+        numbers += [_mean(100 * row["unpruned_accuracy"] for row in found), _mean(100 * c[-1][2] for c in curves)]
+        numbers += [_mean((row["metrics"][f"policy/{name}"] for row in found), 2) for name in SHOWN]
+        lines.append(f"| {arm} | {len(found)} | {' | '.join(numbers)} |")
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float]) -> str:
-    shown = f"{100 * statistics.fmean(values):.1f}"
-    return shown if len(values) == 1 else f"{shown} ({100 * min(values):.1f}-{100 * max(values):.1f})"
+def _mean(values: Iterable[float], digits: int = 1) -> str:
+    return f"{statistics.fmean(values):.{digits}f}"
 
 
 def main() -> None:

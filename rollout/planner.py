@@ -66,6 +66,7 @@ class Planner:
         step = []
         for arrays, blocks in zip(running.arrays, self.groups.blocks, strict=True):
             first = arrays.page_offsets[running.own] + page
+            assert (first < arrays.page_offsets[running.own + 1]).all(), "who decodes has a page for its token"
             slots[blocks.start : blocks.stop] = arrays.pages[:, first]
             kv_len = arrays.kv_len.copy()
             kv_len[running.own] = lengths + 1
@@ -81,7 +82,7 @@ class Planner:
 
     def _plans(self, groups: Iterable[_Arrays], slots: np.ndarray) -> list[StepPlan]:
         """slots: int64 [blocks, T], of all blocks of these layer groups."""
-        rows = iter(torch.from_numpy(slots).to(self.device).unbind())
+        rows = iter(torch.from_numpy(np.ascontiguousarray(slots)).to(self.device).unbind())
         plans: list[StepPlan] = []
         for arrays in groups:
             first = None

@@ -27,7 +27,7 @@ class StepPlan:
     visit_causal: bool [V]; where set, the visit's m rows are the segment's last m tokens, in order, and row i
     of them sees the first kv_len - m + i + 1 tokens. Elsewhere every row sees all kv_len tokens.
     page_size: tokens a page. like: another plan of this step that differs in pages alone and runs before this one.
-    prepared: what backends derive from the arrays once a step, each under names of its own.
+    prepared: what backends derive from the arrays once a step, each under names of its own; a copy begins without.
     """
 
     slots: torch.Tensor
@@ -39,8 +39,8 @@ class StepPlan:
     visit_depth: np.ndarray
     visit_causal: np.ndarray
     page_size: int
-    prepared: dict[Any, Any] = field(default_factory=dict, repr=False)
     like: StepPlan | None = field(default=None, repr=False)
+    prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def num_rows(self) -> int:

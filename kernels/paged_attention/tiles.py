@@ -8,6 +8,7 @@ about a row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from foveate import _C
 from foveate.kernels.dispatch import require
 from foveate.kernels.paged_attention.plan import StepPlan
 
+SHARED = ("visit_page_offsets", "visit_kv_len", "visit_rows", "visit_row_offsets", "visit_depth", "visit_causal")
 KV_CHUNK, COLUMNS = _C.ATTENTION_CHUNK_KEYS, _C.ATTENTION_TILE_COLUMNS
 
 
@@ -24,7 +26,7 @@ class Tiles:
     """int32, on the device of the queries.
 
     pages, rows: those of the plan. tiles: [N, 6], see csrc/paged_attention.h. row_parts: [len(rows)], the first part
-    of each row in its visit. part_offsets: [T + 1], parts of each row; num_parts: of all.
+    of each row in its visit. part_offsets: [T + 1], parts of each row; num_parts: of all. last_page: the largest page.
     """
 
     pages: torch.Tensor
@@ -33,6 +35,7 @@ class Tiles:
     row_parts: torch.Tensor
     part_offsets: torch.Tensor
     num_parts: int
+    last_page: int
 
 
 def tiles_of(plan: StepPlan, group: int, num_pages: int, device: torch.device) -> Tiles:
@@ -40,16 +43,31 @@ def tiles_of(plan: StepPlan, group: int, num_pages: int, device: torch.device) -
 
     Raises ValueError for pages, rows or lengths that do not fit.
     """
-    key = ("tiles", group)
-    if key not in plan.prepared:
+    key = ("tiles", group, device)
+    tiles = plan.prepared.get(key)
+    if tiles is None:
         like = None if plan.like is None else plan.like.prepared.get(key)
-        _check_pages(plan, num_pages)
         if like is None:
             _check(plan)
-            plan.prepared[key] = _prepare(plan, group, device)
+            tiles = _prepare(plan, group, device)
         else:
-            plan.prepared[key] = replace(like, pages=_on(device, plan.visit_pages))
-    return plan.prepared[key]
+            assert _differs_in_pages_alone(plan, plan.like), "plans that are alike"
+            tiles = replace(like, **_pages(plan, device))
+        plan.prepared[key] = tiles
+    fits = tiles.last_page < num_pages
+    require(fits, f"pages in [0, {num_pages})", tiles.last_page, "visit_pages")
+    return tiles
+
+
+def _pages(plan: StepPlan, device: torch.device) -> dict[str, Any]:
+    lowest = int(plan.visit_pages.min(initial=0))
+    require(lowest >= 0, "pages >= 0", lowest, "visit_pages")
+    return {"pages": _on(device, plan.visit_pages), "last_page": int(plan.visit_pages.max(initial=-1))}
+
+
+def _differs_in_pages_alone(plan: StepPlan, like: StepPlan | None) -> bool:
+    same = all(getattr(plan, name) is getattr(like, name) for name in SHARED)
+    return same and len(plan.visit_pages) == len(like.visit_pages)
 
 
 def _prepare(plan: StepPlan, group: int, device: torch.device) -> Tiles:
@@ -83,7 +101,7 @@ def _prepare(plan: StepPlan, group: int, device: torch.device) -> Tiles:
     row_parts[order] = entry_chunks[order].cumsum() - entry_chunks[order]
     ends = np.bincount(plan.visit_rows, entry_chunks, plan.num_rows).cumsum()
     return Tiles(
-        pages=_on(device, plan.visit_pages),
+        **_pages(plan, device),
         rows=_on(device, plan.visit_rows),
         tiles=_on(device, tiles),
         row_parts=_on(device, row_parts),
@@ -93,7 +111,8 @@ def _prepare(plan: StepPlan, group: int, device: torch.device) -> Tiles:
 
 
 def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)
+    """A copy: what was checked does not change with the plan."""
+    return torch.tensor(array, dtype=torch.int32, device=device)
 
 
 def _ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -102,18 +121,9 @@ def _ranges(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return owner, np.arange(len(owner)) - (counts.cumsum() - counts)[owner]
 
 
-def _check_pages(plan: StepPlan, num_pages: int) -> None:
-    _check_range(plan.visit_pages, num_pages, "pages", "visit_pages")
-
-
-def _check_range(values: np.ndarray, size: int, what: str, argument: str) -> None:
-    if len(values) and not (values.min() >= 0 and values.max() < size):
-        wrong = values[(values < 0) | (values >= size)]
-        require(False, f"{what} in [0, {size})", int(wrong[0]), argument)
-
-
 def _check(plan: StepPlan) -> None:
-    _check_range(plan.visit_rows, plan.num_rows, "rows", "visit_rows")
+    beyond = plan.visit_rows[(plan.visit_rows < 0) | (plan.visit_rows >= plan.num_rows)]
+    require(not len(beyond), f"rows in [0, {plan.num_rows})", beyond[:1].tolist(), "visit_rows")
     for name in ("visit_row_offsets", "visit_page_offsets"):
         offsets, items = getattr(plan, name), getattr(plan, name.replace("_offsets", "s"))
         fits = len(offsets) == plan.num_visits + 1 and offsets[0] == 0 and offsets[-1] == len(items)

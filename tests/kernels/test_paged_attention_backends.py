@@ -157,7 +157,6 @@ def reversed_visits(plan: StepPlan) -> StepPlan:
         visit_row_offsets=np.cumsum([0, *map(len, rows)]).astype(np.int32),
         visit_depth=plan.visit_depth[order],
         visit_causal=plan.visit_causal[order],
-        prepared={},
     )
 
 
@@ -216,7 +215,7 @@ def test_plans_of_other_pages_take_over_what_they_share():
             for token, value in enumerate(own):
                 pool[moved[step.pages[index][token // 16]], token % 16] = value
     pages = np.array([moved[page] for page in first.visit_pages], np.int32)
-    other = replace(first, visit_pages=pages, prepared={}, like=first)
+    other = replace(first, visit_pages=pages, like=first)
     assert torch.equal(bits(decode(step.queries, *pools, other, scale=24**-0.5)), bits(expected))
     (tiles,), (shared,) = first.prepared.values(), other.prepared.values()
     assert shared.tiles is tiles.tiles
@@ -226,9 +225,9 @@ WRONG_PLANS: dict[str, tuple[Callable[[StepPlan], dict], str]] = {
     "page": (lambda plan: {"visit_pages": plan.visit_pages + 99}, r"pages in \[0, \d+\), got \d+ \(visit_pages\)"),
     "page below 0": (
         lambda plan: {"visit_pages": plan.visit_pages - 99},
-        r"pages in \[0, \d+\), got -\d+ \(visit_pages\)",
+        r"pages >= 0, got -\d+ \(visit_pages\)",
     ),
-    "row": (lambda plan: {"visit_rows": plan.visit_rows + 1}, r"rows in \[0, 8\), got 8 \(visit_rows\)"),
+    "row": (lambda plan: {"visit_rows": plan.visit_rows + 1}, r"rows in \[0, 8\), got \[8\] \(visit_rows\)"),
     "length": (lambda plan: {"visit_kv_len": plan.visit_kv_len + 99}, r"the room in the pages, got .*\(visit_kv_len\)"),
     "rows of a causal visit": (lambda plan: {"visit_kv_len": plan.visit_kv_len * 0}, r"number of causal rows.*_kv_len"),
     "offsets": (
@@ -248,6 +247,28 @@ def test_wrong_plans(change, message):
     pools = [torch.zeros(step.num_pages, 16, 2, 24) for _ in range(2)]
     with pytest.raises(ValueError, match=message):
         decode(step.queries, *pools, replace(step.plan, **change(step.plan)), scale=1.0)
+
+
+def test_a_plan_is_held_against_each_pool():
+    """Its tiles are made once, but a smaller pool is still refused, and what was checked does not change after."""
+    step = make_step(CROWD)
+    pools = [torch.zeros(step.num_pages, 16, 2, 24) for _ in range(2)]
+    expected = decode(step.queries, *pools, step.plan, scale=1.0)
+    small = [pool[:1].contiguous() for pool in pools]
+    with pytest.raises(ValueError, match=r"pages in \[0, 1\), got \d+ \(visit_pages\)"):
+        decode(step.queries, *small, step.plan, scale=1.0)
+    step.plan.visit_pages[:] = 10**6
+    assert torch.equal(decode(step.queries, *pools, step.plan, scale=1.0), expected)
+
+
+@pytest.mark.parametrize("name", ["visit_pages", "visit_kv_len", "visit_rows"])
+def test_plans_that_are_not_alike(name):
+    step = make_step(CROWD)
+    pools = [torch.zeros(step.num_pages, 16, 2, 24) for _ in range(2)]
+    decode(step.queries, *pools, step.plan, scale=1.0)
+    other = replace(step.plan, like=step.plan, **{name: getattr(step.plan, name)[:-1].copy()})
+    with pytest.raises(AssertionError, match="alike"):
+        decode(step.queries, *pools, other, scale=1.0)
 
 
 def test_what_it_does_not_take_goes_to_the_reference_or_is_refused():
@@ -308,7 +329,7 @@ def test_a_gpu_gives_the_bits_of_the_cpu(dtype):
 
     def on_gpu(queries, keys, values, plan, **options) -> torch.Tensor:
         out = paged_attention.decode(
-            queries.cuda(), keys.cuda(), values.cuda(), replace(plan, slots=plan.slots.cuda(), prepared={}),
+            queries.cuda(), keys.cuda(), values.cuda(), replace(plan, slots=plan.slots.cuda()),
             backend="cuda", **options,
         )  # fmt: skip
         seen.append(out)

@@ -221,6 +221,8 @@ def test_a_step_after_others(data):
             samples.start(data.draw(st.integers(0, 1)), data.draw(st.integers(0, 4)), place)
         if samples.running and data.draw(st.sampled_from([False, False, True])):
             samples.running.pop(data.draw(st.integers(0, len(samples.running) - 1)))
+        if data.draw(st.sampled_from([False, False, True])):
+            samples.running = data.draw(st.permutations(samples.running))
         samples.step(data.draw(st.sampled_from([0, 0, 2])))
         plans, fresh = planner.decode(samples.running), Planner(samples.page_size, CPU, BLOCKS).decode(samples.running)
         assert [contents(plan) for plan in plans] == [contents(plan) for plan in fresh]
@@ -262,6 +264,18 @@ def test_prefill_by_hand():
         ((0,), 1, 1, True): [3],
         ((7,), 2, 1, True): [4, 5],
     }
+
+
+def test_prefill_plans_of_every_block_lie_one_element_after_another():
+    pages = tuple(np.array([[4, 2], [0, 1]], np.int32) + 5 * group for group in range(BLOCKS.count))
+    blocks = [len(own) for own in BLOCKS.blocks]
+    pages = tuple(np.resize(table, (count, 2)) for table, count in zip(pages, blocks, strict=True))
+    segment = Segment(None, None, tables=pages, length=3, span=(0, 3))
+    for group, count in enumerate(blocks):
+        plans = Planner(2, CPU, BLOCKS).prefill([Chunk(segment, 0, 3)], group)
+        assert len(plans) == count
+        for plan, (first, second) in zip(plans, pages[group].tolist(), strict=True):
+            assert contents(plan)["slots"] == [2 * first, 2 * first + 1, 2 * second]
 
 
 def test_the_last_chunk_of_a_prompt_by_hand():

@@ -2,10 +2,13 @@
 
     python benchmarks/demo_curves.py --arms grpo gspo visionzip --seeds 0 1 2 --output curves.jsonl
 
-Every arm of a seed starts from the same warm start, sees the same training scenes and has the recipe of
-`foveate demo`, but for what its name says. Accuracy is greedy on the demo's 300 held-out scenes, with the arm's own
-pruning and, after the last step, without any. One row an arm and seed. An arm takes minutes; on a machine with several
-cores give each seed a process of its own. `--summary FILE...` prints the rows as a table.
+Every arm of a seed starts from the same warm start, takes its training scenes from the same sequence and has the recipe
+of `foveate demo`, but for what its name says; dapo draws more scenes, in place of those it leaves out (group/drawn).
+With one update a rollout batch grpo, gspo, gspo_token and sapo have one gradient; dapo, cispo and cispo_max have
+another. Pruning keeps a half: visionzip and its like 2 of 4 tokens everywhere, fastv 4 in the first layer of three and
+then 2, pyramiddrop 4, 2 and 1. Accuracy is greedy on the demo's 300 held-out scenes, with the arm's own pruning and,
+after the last step, without any. One row an arm and seed. An arm takes minutes; on a machine with several cores give
+each seed a process of its own. `--summary FILE...` prints the rows as a table.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from foveate.rollout.demo.tasks import evaluate
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.pruning import METHODS
 
-MEANS, LAST_STEPS = ("policy/", "reward/"), 20  # the metrics in a row, means of the last steps
+MEANS, LAST_STEPS = ("policy/", "reward/", "group/"), 20  # the metrics in a row, means of the last steps
 SHOWN = ("logprob_difference_mean", "ess")  # in the table
 
 
@@ -105,6 +108,7 @@ def table(paths: Sequence[Path]) -> str:
     for arm, found in rows.items():
         curves = [row["curve"] for row in found]
         assert all([step for step, _, _ in curve] == steps for curve in curves), "arms of equal length"
+        assert len({row["seed"] for row in found}) == len(found), f"one row of {arm} for each seed"
         means = [_mean(100 * curve[place][1] for curve in curves) for place in range(len(steps))]
         last = [100 * curve[-1][1] for curve in curves]
         numbers = [*means, f"{min(last):.1f}-{max(last):.1f}" if len(last) > 1 else ""]

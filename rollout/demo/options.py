@@ -39,13 +39,15 @@ class DemoOptions:
     threads: int | None = None
     """Threads of torch. Left out, a good number is measured; give it for a run that repeats to the bit."""
     kind: Literal["grpo", "dr_grpo", "dapo", "gspo", "gspo_token", "cispo", "cispo_max", "sapo"] = "grpo"
-    """Of policy loss."""
+    """Of policy loss. The demo updates once a rollout batch, so that every ratio is 1: grpo, gspo, gspo_token and sapo
+    then have one gradient, dapo, cispo and cispo_max another. dapo replaces groups that are all right or all wrong."""
     advantage: Literal["kind", "grpo", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gdpo"] = "kind"
     """Of the groups' rewards; "kind" is what the kind of loss has."""
     prune: Literal["random", "strided", "visionzip", "divprune", "fastv", "pyramiddrop"] | None = None
     """Prune vision tokens by this method in GRPO and its evaluations. The warm start sees all of them."""
     keep: float | None = None
-    """Share of the 4 vision tokens of an image that pruning keeps; left out, a half."""
+    """Share of the 4 vision tokens of an image that pruning keeps, with pyramiddrop at each of its two stages; a half
+    where it is left out."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "an int >= 1", self.steps, "--steps")
@@ -60,3 +62,12 @@ class DemoOptions:
     def prune_config(self) -> PruneConfig | None:
         """Of the engine that GRPO rolls out with."""
         return None if self.prune is None else pruning_by(self.prune, self.keep)
+
+    @property
+    def variant(self) -> str:
+        """What differs from the demo's recipe, in words; empty where nothing does."""
+        parts = [f"loss {self.kind}"] if self.kind != "grpo" else []
+        parts += [f"advantage {self.advantage}"] if self.advantage != "kind" else []
+        if self.prune_config is not None:
+            parts.append(f"images pruned by {self.prune_config.method}, keep {self.prune_config.keep:g}")
+        return ", ".join(parts)

@@ -85,6 +85,7 @@ class Demo:
             group_size=GROUP_SIZE,
             prompts_per_step=config.prompts_per_step,
             held_out=held_out,
+            variant=options.variant,
             showcase=first_of_each_kind(held_out, SHOWN_OF_EACH_KIND),
         )
         self.reward = make_reward()
@@ -166,7 +167,8 @@ class Demo:
             return {"accuracy": result.accuracy, "perception": result.perception, "format": result.format}
 
         look(0)
-        say(f"\nGRPO {name}: {config.max_steps} steps of {config.prompts_per_step} prompts x {GROUP_SIZE} rollouts")
+        drawn = f"{config.prompts_per_step} prompts x {GROUP_SIZE} rollouts"
+        say(f"\nGRPO {', '.join(filter(None, (name, self.options.variant)))}: {config.max_steps} steps of {drawn}")
         say(f"  held-out accuracy before: {arm.before.accuracy:.1%}")
         callbacks: list[Callable[[StepRecord], None]] = [
             lambda step: arm.metrics.append(step.metrics),

@@ -75,6 +75,10 @@ class Arm:
         """The last evaluation, not the best."""
         return self.evaluations[-1][1]
 
+    def num_prompts(self, of_a_step: int) -> int:
+        """Prompts that were rolled out; dynamic sampling draws more than a step takes."""
+        return sum(int(metrics.get("group/drawn", of_a_step)) for metrics in self.metrics)
+
     @property
     def comparison(self) -> Comparison:
         return mcnemar(self.before.correct, self.after.correct)
@@ -130,7 +134,8 @@ class DemoRecord:
 
     held_out: the evaluated scenes. showcase: indices of the scenes whose rollouts are shown; before_samples: their
     groups after the warm start. warm_start: (step, loss, accuracy on the stopping set). arms: the run with the
-    perception reward, then the one without, if there was one. pruning: of the first arm's model.
+    perception reward, then the one without, if there was one. pruning: of the first arm's model. variant: see
+    `foveate.rollout.demo.options.DemoOptions.variant`.
     """
 
     seed: int
@@ -144,3 +149,4 @@ class DemoRecord:
     arms: list[Arm] = field(default_factory=list)
     pruning: PruningView | None = None
     seconds: float = 0.0
+    variant: str = ""

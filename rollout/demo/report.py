@@ -45,11 +45,14 @@ def _header(record: DemoRecord) -> str:
     arm = record.arms[0]
     before, after, test = arm.before.accuracy, arm.after.accuracy, arm.comparison
     steps = len(arm.metrics)
-    rollouts = steps * record.prompts_per_step * record.group_size
+    prompts = arm.num_prompts(record.prompts_per_step)
+    drawn = f"{steps} steps of {record.prompts_per_step} prompts × {record.group_size}"
+    if prompts != steps * record.prompts_per_step:
+        drawn = f"{steps} steps, {prompts:,} prompts × {record.group_size}: those that teach nothing are replaced"
     tiles = [
         ("first", f"{100 * (after - before):+.1f}", "points of greedy accuracy on scenes of scans never trained on"),
         ("", f"p = {test.p_value:.1g}", f"McNemar's exact test, two-sided: {test.gained} gained, {test.lost} lost"),
-        ("", f"{rollouts:,}", f"rollouts: {steps} steps of {record.prompts_per_step} prompts × {record.group_size}"),
+        ("", f"{prompts * record.group_size:,}", f"rollouts: {drawn}"),
         ("", f"{record.seconds / 60:.1f} min", f"for everything, seed {record.seed}"),
     ]
     if len(record.arms) > 1:
@@ -64,12 +67,13 @@ def _header(record: DemoRecord) -> str:
     headline = f"Held-out accuracy went from <b>{before:.1%}</b> to <b>{after:.1%}</b>"
     if after > before:
         headline = headline.replace("went", "rose") + ", learned from the model’s own rollouts"
+    variant = f" Not the demo’s own recipe: {html.escape(record.variant)}." if record.variant else ""
     return (
         f'<header><p class="name">foveate demo</p><h1>{headline}</h1>'
         f'<p class="lead">A Qwen2.5-VL of {record.num_parameters / 1e6:.1f} million parameters looks at one to four '
         "scanned digits, writes down what it sees and where, and answers a question. A short supervised warm start "
         "taught it the format; GRPO with a reward for what it says it sees did the rest, on rollouts that the engine "
-        f'drew from the very weights being trained.</p><div class="tiles">{boxes}</div></header>'
+        f'drew from the very weights being trained.{variant}</p><div class="tiles">{boxes}</div></header>'
     )
 
 
@@ -180,9 +184,9 @@ def _pruning(record: DemoRecord) -> str:
         return ""
     return (
         "<section><h2>What pruning keeps</h2><p>The language model sees a scene as four image tokens, one a quarter, "
-        "and every digit lies in one of them. Here the trained model answers the held-out scenes while two of four "
-        f"tokens are kept, which is room for {view.most_digits:.0%} of the digits: scenes have up to four. What is "
-        "dropped before the language model is never seen; what is dropped inside it has been read by the layers "
+        "and every digit lies in one of them. Here the trained model answers the held-out scenes while half of its "
+        f"tokens are kept. Two tokens have room for {view.most_digits:.0%} of the digits: scenes have up to four. What "
+        "is dropped before the language model is never seen; what is dropped inside it has been read by the layers "
         "before. Shown are the first scenes with two digits; dropped quarters are faded.</p>"
         f'<div class="keeps">{keeps(record, view)}</div></section>'
     )

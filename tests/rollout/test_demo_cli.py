@@ -17,8 +17,8 @@ import torch
 from foveate.rollout import cli
 from foveate.rollout.demo import recipe
 from foveate.rollout.demo.options import DemoOptions
-from foveate.rollout.demo.recipe import DemoSizes, first_of_each_kind, grpo_config, run_demo
-from foveate.rollout.demo.tasks import MAX_TOKENS
+from foveate.rollout.demo.recipe import Demo, DemoSizes, first_of_each_kind, grpo_config, run_demo
+from foveate.rollout.demo.tasks import MAX_TOKENS, make_request
 from foveate.rollout.demo.threads import choose, thread_count
 from foveate.rollout.demo.warmstart import WarmStartConfig
 from foveate.rollout.pruning import PruneConfig
@@ -148,6 +148,23 @@ def test_shown_scenes_are_the_first_of_each_kind():
 
     kinds = ["count", "sum", "sum", "largest", "sum", "top-left", "count", "count"]
     assert first_of_each_kind([Stub(kind) for kind in kinds], 2) == [1, 2, 3, 0, 6, 5]
+
+
+def test_a_run_with_another_loss_and_pruned_images(tmp_path, capsys):
+    """What the options say reaches the engine and the trainer, and the report names it."""
+    options = DemoOptions(steps=1, output=tmp_path, threads=1, kind="gspo", advantage="rloo", prune="fastv", keep=0.75)
+    sizes = DemoSizes(held_out=3, stopping=1, warm_start=WarmStartConfig(max_steps=1, check_every=1))
+    demo = Demo(options, sizes)
+    engine = demo.policy(options.prune_config)
+    (group,) = engine.generate([make_request(demo.record.held_out[0])], strict=True)
+    (site,) = group.keep.sites
+    assert (site.layer, len(site.kept)) == (1, 3)
+    run_demo(options, sizes)
+    words = "loss gspo, advantage rloo, images pruned by fastv, keep 0.75"
+    assert f"GRPO with the perception reward, {words}: 1 steps" in capsys.readouterr().out
+    assert f"Not the demo’s own recipe: {words}." in (tmp_path / "report.html").read_text(encoding="utf-8")
+    (metrics,) = (json.loads(line) for line in (tmp_path / "grpo" / "metrics.jsonl").read_text().splitlines())
+    assert metrics["policy/logprob_difference_max"] < 5e-5, "the trainer replays what the engine dropped"
 
 
 @pytest.mark.slow

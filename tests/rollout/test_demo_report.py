@@ -192,3 +192,13 @@ def test_any_values_can_be_drawn_inside_the_frame(kind, values):
     for x, y in re.findall(r'cx="([-\d.]+)" cy="([-\d.]+)"', drawing):
         assert 62 <= float(x) <= 544
         assert 14 <= float(y) <= 254
+
+
+def test_rollouts_of_replaced_groups_are_counted():
+    record = make_record()
+    assert "96</div>" in render(record), "3 steps of 16 prompts x 2"
+    for drawn, metrics in zip((16, 20, 40), record.arms[0].metrics, strict=True):
+        metrics["group/drawn"] = float(drawn)
+    assert "152</div>" in render(record)
+    assert "3 steps, 76 prompts × 2" in render(record)
+    assert "own recipe" not in render(record)

@@ -70,7 +70,7 @@ class GRPOConfig:
     middle of kl_min and kl_max down to kl_min after the share kl_turn of max_steps, and then up to kl_max.
     kl_in: "loss" adds the penalty to each token's loss; "reward" subtracts it, summed over the completion, from the
     sample's reward before the advantages, with the old log-probs in the place of the current ones (kl_kind "k1" is that
-    of RLOO, arXiv 2402.14740), for which "recompute" costs a forward more. Dynamic sampling sees rewards without it.
+    of RLOO, arXiv 2402.14740): recomputed, a forward more. Dynamic sampling sees rewards without it.
     old_logprobs: "recompute" by the trainer's own forward before the first update, or the "engine"'s.
     advantage, advantage_eps, advantage_ddof: see `foveate.kernels.policy_loss.group_advantage`. "reinforce++" kinds
     whiten over tokens; "gdpo" takes the parts of the reward, which must have `weights`.
@@ -204,6 +204,8 @@ class GRPOConfig:
         straight = "'straight_through' for kl_in='reward', which has no gradient"
         self._check("kl_gradient", straight, lambda v: v == "straight_through")
         self._check("kl_ratio_weighted", "False for kl_in='reward': it knows no current policy", lambda v: not v)
+        rounding = "'recompute' for kl_in='reward': the rounding between engine and trainer would become advantages"
+        self._check("old_logprobs", rounding, lambda v: v == "recompute")
         advantage = self.of_kind("advantage")
         by_token = (
             "'loss' for advantage 'reinforce++': its return differs between the tokens of a sample, which have one"

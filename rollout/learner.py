@@ -91,17 +91,15 @@ class Learner:
 
     @torch.no_grad()
     def kl(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """kl_kind's estimate of KL(old || reference) at every token of the samples, float [N], nats.
+        """kl_kind's estimate of KL(model || reference) at every token of the samples, float [N], nats.
 
-        Old log-probs are those of the model as it stands, or the engine's, as the configuration has it.
+        Both by the same forward, so that a copy of the model is exactly 0 away from it.
         """
         assert self.ref_spec is not None
         parts = []
         for part in self._micro_batches(samples):
-            old = self._engine_logprobs(samples[part])
-            if self.config.old_logprobs == "recompute":
-                old = self._logprobs(self.spec, samples[part])
-            parts.append(kl_estimate(old, self._logprobs(self.ref_spec, samples[part]), self.config.kl_kind))
+            own, other = (self._logprobs(spec, samples[part]) for spec in (self.spec, self.ref_spec))
+            parts.append(kl_estimate(own, other, self.config.kl_kind))
         return torch.cat(parts) if parts else torch.zeros(0, device=self.device)
 
     def _micro_batches(self, samples: Sequence[Sample]) -> Iterator[slice]:

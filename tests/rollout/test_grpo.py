@@ -135,6 +135,7 @@ def test_every_option_of_the_loss_reaches_it():
         ({"kl_in": "advantage"}, "kl_in"),
         ({"kl_in": "reward"}, "kl_in"),  # nothing weighs it
         ({"kl_in": "reward", "kl_coef": 0.1, "kl_gradient": "value"}, "kl_gradient"),
+        ({"kl_in": "reward", "kl_coef": 0.1, "old_logprobs": "engine"}, "old_logprobs"),
         ({"kl_in": "reward", "kl_coef": 0.1, "advantage": "reinforce++"}, "kl_in"),
         ({"kl_in": "reward", "kl_coef": 0.1, "advantage": "gdpo"}, "kl_in"),
         ({"advantage_ddof": 2}, "advantage_ddof"),

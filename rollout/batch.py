@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from foveate.kernels.policy_loss import group_advantage, kl_in_reward, loss_denominator
+from foveate.kernels.policy_loss import group_advantage, kl_in_reward, loss_denominator, sequence_sums
 from foveate.rollout import parallel
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.prefix_groups import Sample
@@ -106,8 +106,8 @@ def _penalised(
     ids = torch.arange(len(scored)).repeat_interleave(torch.tensor([sample.length for sample in scored]).long())
     values = penalty.of(samples).cpu()
     left = kl_in_reward(totals, values, ids, penalty.weight).tolist()
-    sums = kl_in_reward(torch.zeros_like(totals), values, ids, -1.0)
-    return [sample._replace(columns=(total,)) for sample, total in zip(scored, left, strict=True)], sums
+    penalised = [sample._replace(columns=(total,)) for sample, total in zip(scored, left, strict=True)]
+    return penalised, sequence_sums(values, ids, len(scored))
 
 
 def _advantages(

@@ -5,12 +5,11 @@ from the same pass where a token's follows from its own log-prob; else logits ar
 """
 
 from foveate.kernels.policy_loss.advantage import ADVANTAGE_KINDS, group_advantage
+from foveate.kernels.policy_loss.kl import kl_estimate, kl_in_reward, sequence_sums
 from foveate.kernels.policy_loss.logprobs import IGNORE, LinearLogprobs, linear_logprobs
 from foveate.kernels.policy_loss.loss import (
     PolicyLoss,
     add_metrics,
-    kl_estimate,
-    kl_in_reward,
     linear_policy_loss,
     logprob_policy_loss,
     loss_denominator,
@@ -34,4 +33,5 @@ __all__ = [
     "logprob_policy_loss",
     "loss_denominator",
     "mean_metrics",
+    "sequence_sums",
 ]

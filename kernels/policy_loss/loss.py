@@ -182,26 +182,6 @@ def loss_denominator(lengths: torch.Tensor, aggregation: str, constant: int | No
     return torch.full((), float(lengths.numel() * scale), dtype=torch.float64, device=lengths.device)
 
 
-def kl_estimate(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, kind: str) -> torch.Tensor:
-    """k1 = d, k2 = d^2 / 2 or k3 = e^-d + d - 1 at each drawn token, [N], d = logprobs - ref_logprobs, clamped to +-20.
-
-    The value, without gradient: what `kl_in_reward` takes. logprobs: float [N], those of the policy that drew. Source:
-    J. Schulman, "Approximating KL divergence". Raises ValueError for another kind.
-    """
-    require(kind in ("k1", "k2", "k3"), "k1, k2 or k3", kind, "kind")
-    return reference.kl_penalty(logprobs.detach(), ref_logprobs.detach(), kind, "value")
-
-
-def kl_in_reward(rewards: torch.Tensor, kl: torch.Tensor, sequence_ids: torch.Tensor, kl_coef: float) -> torch.Tensor:
-    """r_s - kl_coef sum of kl over the tokens of sequence s, float [S]: KL in the reward, before advantages.
-
-    rewards: float [S]. kl: float [N], k1 = rollout or old - ref log-probs as a rule. sequence_ids: int [N] in [0, S).
-    Source: RLOO (arXiv 2402.14740).
-    """
-    total = torch.zeros_like(rewards, dtype=torch.float64).index_add_(0, sequence_ids.long(), kl.detach().double())
-    return (rewards.double() - kl_coef * total).to(rewards.dtype)
-
-
 def add_metrics(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The metrics of micro-batches as those of one batch: sums, and the largest of each "_max"."""
     stacks = {name: torch.stack([part[name] for part in parts]) for name in (parts[0] if parts else ())}

@@ -13,6 +13,7 @@ from foveate.kernels.policy_loss import (
     logprob_policy_loss,
     loss_denominator,
     mean_metrics,
+    sequence_sums,
 )
 
 
@@ -100,6 +101,15 @@ def test_kl_in_the_reward():
     rewards, kl = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, 0.25, 4.0])
     got = kl_in_reward(rewards, kl, torch.tensor([0, 0, 2], dtype=torch.int32), 0.5)
     assert torch.equal(got, torch.tensor([0.625, 2.0, 1.0]))
+
+
+def test_sums_of_sequences():
+    """In float64: 1 is lost beside 2^25 in float32. A sequence without tokens has 0."""
+    values = torch.tensor([2.0**25, 1.0, -3.0], requires_grad=True)
+    got = sequence_sums(values, torch.tensor([2, 2, 0], dtype=torch.int32), 4)
+    assert torch.equal(got, torch.tensor([-3.0, 0.0, 2.0**25 + 1, 0.0], dtype=torch.float64))
+    assert not got.requires_grad
+    assert sequence_sums(values[:0], torch.zeros(0, dtype=torch.int32), 0).shape == (0,)
 
 
 def test_log_ratios_are_clamped_and_have_no_gradient_beyond():

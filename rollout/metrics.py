@@ -5,10 +5,12 @@ nothing to take the mean of.
 
 step                          rollout batches done, this one included
 reward/total, reward/<part>   mean over samples: the weighted sum, and each unweighted part
-reward/kl                     where the KL penalty is part of the reward: mean over the step's samples of its sum over
-                              tokens, which reward/kl_coef weighs; reward/total and group/ are without it
+reward/kl                     where the KL penalty is part of the reward: mean over the samples that are learnt from, those
+                              with a total, of its sum over tokens, which reward/kl_coef weighs; reward/total and
+                              group/ are without it
 group/variance                mean over groups of the variance of the totals (ddof 1)
-group/zero_variance_share     share of the groups of two or more scored samples that teach nothing: all totals equal
+group/zero_variance_share     share of the groups of two or more scored samples whose totals are all equal; a baseline
+                              of the group leaves nothing of them, a KL penalty in the reward may
 group/failed                  requests the engine could not serve
 group/drawn, group/rounds     prompts and rounds that dynamic sampling took; reward/, group/ are over all of them
 sample/unscorable             samples without a total: not in their group's baseline, advantage 0
@@ -90,8 +92,9 @@ def reward_metrics(tables: Sequence[RewardTable]) -> dict[str, float]:
 
 
 def reward_kl_metrics(sums: Sequence[float], weight: float) -> dict[str, float]:
-    """Of a KL penalty in the reward, from what each sample's tokens add up to."""
-    return {"reward/kl": sum(sums) / len(sums), "reward/kl_coef": weight}
+    """Of a KL penalty in the reward, from what the tokens of each scored sample add up to."""
+    mean = {"reward/kl": sum(sums) / len(sums)} if sums else {}
+    return {**mean, "reward/kl_coef": weight}
 
 
 def completion_metrics(ends: Sequence[tuple[int, FinishReason]]) -> dict[str, float]:

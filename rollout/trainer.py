@@ -122,7 +122,8 @@ class Trainer:
         ends = parallel.gather([(len(rollout.token_ids), rollout.finish_reason) for rollout in rollouts]).items
         report |= metrics.reward_metrics([table for table in everyone if table is not None])
         if batch.kl is not None:
-            report |= metrics.reward_kl_metrics(parallel.gather(batch.kl.tolist()).items, kl_coef)
+            sums = parallel.gather(batch.kl[batch.taught].tolist()).items
+            report |= metrics.reward_kl_metrics(sums, kl_coef)
         report |= metrics.completion_metrics(ends)
         report |= clock.metrics(sum(length for length, _ in ends))
         report |= {"step": float(self.step), "group/failed": float(everyone.count(None))}

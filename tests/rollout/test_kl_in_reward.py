@@ -152,6 +152,69 @@ def test_a_step_is_that_of_rewards_without_the_penalty(advantage):
     assert "reward/kl" not in by_hand_record.metrics
 
 
+def test_a_sample_that_cannot_be_scored():
+    """It has no advantage, is in no baseline, and its KL is not reported."""
+    reference = tiny_model("qwen3", seed=1)
+
+    def some(group):
+        known = low(group).totals
+        return RewardTable({}, [known[0], None, known[2]] if group.request_id == "p0" else known)
+
+    trainer = make_trainer(reference, some, GRPOConfig(**IN_REWARD, advantage="rloo"))
+    batches = batches_of(trainer)
+    record = trainer.train_step(requests())
+    kl, totals = batches[0].kl, [total for table in record.tables for total in table.totals]
+    assert batches[0].taught.tolist() == [True, False, True, True, True, True]
+    left = [None if total is None else total - 0.2 * x for total, x in zip(totals, kl.tolist(), strict=True)]
+    first = left[0] - left[2]
+    rest = [left[i] - (sum(left[3:]) - left[i]) / 2 for i in (3, 4, 5)]
+    assert batches[0].advantages.tolist() == pytest.approx([first, 0, -first, *rest], rel=1e-5, abs=1e-7)
+    assert kl[1] > 0.1
+    assert record.metrics["reward/kl"] == pytest.approx((kl.sum() - kl[1]).item() / 5)
+    assert record.metrics["sample/unscorable"] == 1
+
+
+def test_nothing_scored_reports_no_kl():
+    config = GRPOConfig(**IN_REWARD)
+    _, record = trained(tiny_model("qwen3", seed=1), lambda group: RewardTable({}, [None] * 3), config)
+    assert "reward/kl" not in record.metrics
+    assert record.metrics["optim/grad_norm"] == 0
+
+
+def test_dynamic_sampling_sees_rewards_without_the_penalty():
+    """A group of equal rewards goes, although its KL would tell its samples apart; the penalty is of those that stay."""
+
+    def some(group):
+        return RewardTable({}, [0.0, 1.0, 1.0] if group.request_id in ("p1", "p3") else [1.0] * 3)
+
+    config = GRPOConfig(**IN_REWARD, dynamic_sampling=True, dynamic_sampling_part="total", advantage="rloo")
+    trainer = make_trainer(tiny_model("qwen3", seed=1), some, config)
+    batches = batches_of(trainer)
+    record = trainer.train_step(requests(), iter(requests(4)[2:]))
+    assert [group.request_id for group in record.groups] == ["p1", "p3"]
+    assert record.metrics["group/drawn"] == 4
+    assert record.metrics["group/zero_variance_share"] == 0.5
+    rewards = torch.tensor([[0.0, 1.0, 1.0]] * 2, dtype=torch.float64) - 0.2 * batches[0].kl.view(2, 3)
+    expected = rewards - (rewards.sum(1, keepdim=True) - rewards) / 2
+    torch.testing.assert_close(batches[0].advantages.double(), expected.flatten(), rtol=1e-5, atol=1e-7)
+    assert record.metrics["reward/kl"] == pytest.approx(batches[0].kl.mean().item())
+
+
+def test_a_resumed_run_has_the_same_penalty(tmp_path):
+    """Between the weights at the step and the reference: the policy of the checkpoint, not the one it replaces."""
+    schedule = {"kl_schedule": "grpo_d", "kl_min": 0.1, "kl_max": 0.3, "max_steps": 4}
+    config = GRPOConfig(kl_in="reward", learning_rate=1e-3, progress="none", **schedule)
+    trainer, resumed = (make_trainer(tiny_model("qwen3", seed=1), low, config) for _ in range(2))
+    trainer.train_step(requests())
+    trainer.save_checkpoint(tmp_path / "one")
+    whole = trainer.train_step(requests())
+    resumed.load_checkpoint(tmp_path / "one")
+    again = resumed.train_step(requests())
+    for name in ("reward/kl", "reward/kl_coef", "reward/total", "policy/loss", "optim/grad_norm"):
+        assert again.metrics[name] == whole.metrics[name], name
+    assert all(torch.equal(p, resumed.model.get_parameter(n)) for n, p in trainer.model.named_parameters())
+
+
 def test_the_weight_follows_its_schedule():
     config = GRPOConfig(kl_in="reward", kl_schedule="grpo_d", kl_min=0.1, kl_max=0.3, max_steps=10, progress="none")
     trainer, record = trained(tiny_model("qwen3", seed=1), low, config)

@@ -14,6 +14,7 @@ from foveate.rollout.metrics import (
     completion_metrics,
     difference_metrics,
     policy_metrics,
+    reward_kl_metrics,
     reward_metrics,
 )
 from foveate.rollout.rewards import RewardTable
@@ -43,6 +44,8 @@ def test_nothing_scored_leaves_the_means_out():
         "unscorable/a": 1.0,
     }
     assert reward_metrics([]) == {"sample/unscorable": 0.0}
+    assert reward_kl_metrics([], 0.5) == {"reward/kl_coef": 0.5}
+    assert reward_kl_metrics([1.0, 2.0], 0.5) == {"reward/kl": 1.5, "reward/kl_coef": 0.5}
 
 
 def test_completion_metrics_by_hand():

@@ -72,10 +72,12 @@ def linear_policy_loss(
     [S, R], group_offsets int32 [G + 1]), for which `group_advantage` is called with the kind's own normalisation: both
     of the whole batch. sequence_ids: int32 [N] in [0, S). denominator: finite, > 0, a number or a scalar tensor.
     old_logprobs: float [N], None for the current ones (on policy, ratio 1). rollout_logprobs: float [N], those under
-    which the engine drew the tokens (`rollout.behaviour_logprobs`). ref_logprobs: float [N]. mask: bool [N].
-    temperature, bias, softcap, allowed: see `linear_logprobs`. No `[N, V]` tensor exists; nothing waits for the GPU
-    beyond the checks of `linear_logprobs` and `group_advantage`. Raises ValueError on shapes, dtypes, and options
-    without meaning together; on the CPU on sequence ids too, which on a GPU give NaN, and on a
+    which the engine drew the tokens (`rollout.behaviour_logprobs`). ref_logprobs: float [N]. mask: bool [N]; a token
+    that it leaves out still has a log-prob, and its row of hidden must be finite: if not, loss and metrics are what
+    they were, but the gradients of that row, of lm_head and of bias are NaN. A target of -100 leaves out the row
+    itself, whatever it holds. temperature, bias, softcap, allowed: see `linear_logprobs`. No `[N, V]` tensor exists;
+    nothing waits for the GPU beyond the checks of `linear_logprobs` and `group_advantage`. Raises ValueError on shapes,
+    dtypes, and options without meaning together; on the CPU on sequence ids too, which on a GPU give NaN, and on a
     denominator that is a tensor. A NaN advantage gives a NaN loss.
 
     Where the gradient of a token follows from its own log-prob, it is computed in the forward pass, one chunk of tokens
@@ -146,7 +148,8 @@ def logprob_policy_loss(
 ) -> PolicyLoss:
     """`linear_policy_loss` from log-probs and entropies, both float32 or float64 [N], that came from elsewhere.
 
-    The gradient with respect to both is computed with the loss; the backward pass multiplies it.
+    The gradient with respect to both, where one is asked for, is computed with the loss; the backward pass multiplies
+    it.
     """
     problem = _Problem.of(
         logprobs,
@@ -162,6 +165,9 @@ def logprob_policy_loss(
         options=options,
         backend=backend,
     )
+    if not (torch.is_grad_enabled() and (logprobs.requires_grad or entropy.requires_grad)):
+        loss, sums = problem.values()
+        return PolicyLoss(loss, problem.metrics(sums), logprobs.detach())
     loss, d_logprobs, d_entropy, sums = problem.evaluate()
     attached = _WithGradient.apply(loss, logprobs, entropy, d_logprobs, d_entropy)
     return PolicyLoss(attached, problem.metrics(sums), logprobs.detach())
@@ -275,6 +281,16 @@ class _Problem(NamedTuple):
     def evaluate(self) -> _Evaluated:
         run = _in_triton if self.backend == "triton" else _in_torch
         return run(self.tokens, self.formula, self.denominator)
+
+    def values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and sums alone: without autograd, which `torch.inference_mode` forbids."""
+        if self.backend == "triton":  # its gradients come with the loss
+            loss, _, _, sums = self.evaluate()
+            return loss, sums
+        with torch.no_grad():
+            tokens = self.tokens._replace(sequence_ids=self.tokens.sequence_ids.long())
+            loss, terms = reference.policy_loss(tokens, self.formula, self.denominator)
+            return loss, reference.metric_sums(terms, tokens.active)
 
     def metrics(self, sums: torch.Tensor) -> dict[str, torch.Tensor]:
         absent = {*(_WITH_REFERENCE if self.tokens.ref is None else ())}

@@ -5,9 +5,8 @@ nothing to take the mean of.
 
 step                          rollout batches done, this one included
 reward/total, reward/<part>   mean over samples: the weighted sum, and each unweighted part
-reward/kl                     where the KL penalty is part of the reward: mean over the samples that are learnt from, those
-                              with a total, of its sum over tokens, which reward/kl_coef weighs; reward/total and
-                              group/ are without it
+reward/kl                     where the KL penalty is part of the reward: mean over the samples with a total of its sum
+                              over tokens, which reward/kl_coef weighs; reward/total and group/ are without it
 group/variance                mean over groups of the variance of the totals (ddof 1)
 group/zero_variance_share     share of the groups of two or more scored samples whose totals are all equal; a baseline
                               of the group leaves nothing of them, a KL penalty in the reward may

@@ -182,7 +182,7 @@ def test_nothing_scored_reports_no_kl():
 
 
 def test_dynamic_sampling_sees_rewards_without_the_penalty():
-    """A group of equal rewards goes, although its KL would tell its samples apart; the penalty is of those that stay."""
+    """A group of equal rewards goes, although KL would tell its samples apart; the penalty is of those that stay."""
 
     def some(group):
         return RewardTable({}, [0.0, 1.0, 1.0] if group.request_id in ("p1", "p3") else [1.0] * 3)

@@ -53,10 +53,11 @@ class Learner:
             renamed = getattr(model, "activation_checkpointing_enable", None)
             (renamed or model.gradient_checkpointing_enable)()  # type: ignore[operator]
 
-    def update(self, batch: Batch, rate: float, kl_coef: float | None = None) -> dict[str, float]:
+    def update(self, batch: Batch, rate: float, kl_coef: float | None = None, step: int = 1) -> dict[str, float]:
         """All optimiser steps on one batch at one learning rate, and what they report.
 
-        kl_coef: weight of the KL penalty, None is that of the configuration.
+        kl_coef: weight of the KL penalty, None is that of the configuration. step: what errors call the batch. Raises
+        RuntimeError on a loss or gradient that is not finite, before the weights have changed by it.
         """
         config = self.config
         options = replace(config.loss_options, kl_coef=config.kl_coef if kl_coef is None else kl_coef)
@@ -67,27 +68,41 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with _in_training(self.model):
-            for _ in range(config.num_updates):
+            for index in range(config.num_updates):
                 self.optimizer.zero_grad(set_to_none=True)
-                losses = []
+                total = torch.zeros((), dtype=torch.float64, device=self.device)
                 for part, logprobs in zip(parts, fixed, strict=True):
                     out = self._loss(batch, part, logprobs, options)
                     out.loss.backward()
-                    losses.append(out.loss.detach())
+                    total += out.loss.detach()
                     seen.append(out.metrics)
-                parallel.add_gradients(self.parameters)
-                limit = config.max_grad_norm or math.inf
-                norms.append(nn.utils.clip_grad_norm_(self.parameters, limit, error_if_nonfinite=True))
-                self.optimizer.step()
+                loss, norm = self._step(total, f"step {step}, update {index + 1} of {config.num_updates}")
+                norms.append(norm)
         report = metrics.policy_metrics(parallel.gather([metrics.as_floats(add_metrics(seen))]).items)
         gap = torch.cat([logprobs["gap"] for logprobs in fixed]) if fixed else torch.zeros(0)
         # A rank whose requests all failed has nothing to report, and takes part in the sums all the same.
         gaps = (float(gap.sum()), float(gap.max()), len(gap)) if fixed else (0.0, 0.0, 0)
         report |= metrics.difference_metrics(parallel.gather([gaps]).items)
-        report["policy/loss"] = sum(parallel.gather([float(sum(losses))]).items)
+        report["policy/loss"] = loss  # of the last update
         forwarded = sum(row_inputs(row) for part in parts for row in self.packer.rows(batch.samples[part]))
         report["throughput/tokens_forwarded"] = float(sum(parallel.gather([forwarded]).items))
-        return {**report, "optim/grad_norm": float(torch.stack(norms).mean()), "optim/lr": rate}
+        return {**report, "optim/grad_norm": sum(norms) / len(norms), "optim/lr": rate}
+
+    def _step(self, loss: torch.Tensor, where: str) -> tuple[float, float]:
+        """One step of the optimiser on the gradients of all ranks: their loss, and the norm before clipping.
+
+        loss: float64 scalar, this rank's share.
+        """
+        parallel.add_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf)
+        own, size = torch.stack([loss, norm.to(loss)]).tolist()  # the one wait for the device
+        # A loss may be NaN where its gradient is not, as where a log-prob is -inf. All ranks see the same sum and stop.
+        whole = sum(parallel.gather([own]).items)
+        finite = math.isfinite(whole) and math.isfinite(size)
+        if not finite:
+            raise RuntimeError(f"expected a finite loss and gradient norm, got {whole} and {size} ({where})")
+        self.optimizer.step()
+        return whole, size
 
     @torch.no_grad()
     def kl(self, samples: Sequence[Sample]) -> torch.Tensor:

@@ -112,7 +112,7 @@ class Trainer:
         penalty = KLPenalty(self.learner.kl, kl_coef) if self.config.kl_in == "reward" else None
         with clock.phase("update"):
             batch = make_batch(found.groups, found.tables, self.config, self._weights, penalty)
-            report = self.learner.update(batch, rate, kl_coef if penalty is None else 0.0)
+            report = self.learner.update(batch, rate, kl_coef if penalty is None else 0.0, self.step + 1)
         with clock.phase("sync"):
             self.engine.update_weights()
         self.step += 1

@@ -3,10 +3,13 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
+from foveate.kernels.policy_loss import linear_policy_loss
+from foveate.rollout import learner as learner_module
 from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
@@ -204,8 +207,27 @@ def test_a_non_finite_gradient_stops_before_the_step():
     model = tiny_model("qwen3")
     batch = replace(batch_of(model, False), advantages=torch.full((9,), float("inf")))
     before = weights_of(model)
-    with pytest.raises(RuntimeError, match="non-finite"):
+    with pytest.raises(RuntimeError, match=r"expected a finite loss and gradient norm.*\(step 7, update 1 of 1\)"):
+        Learner(model, None, GRPOConfig()).update(batch, 1e-3, step=7)
+    assert_same_weights(before, weights_of(model))
+    batch = replace(batch, advantages=torch.ones(9))
+    model.lm_head.weight.register_hook(lambda grad: grad * float("inf"))  # the loss stays what it is
+    with pytest.raises(RuntimeError, match=r"got -?[\d.e-]+ and (inf|nan) \(step 1"):
         Learner(model, None, GRPOConfig()).update(batch, 1e-3)
+    assert_same_weights(before, weights_of(model))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "gspo"])
+def test_a_loss_that_is_not_finite_stops_though_its_gradient_is(kind, monkeypatch):
+    """That of a token which the policy cannot draw."""
+    model = tiny_model("qwen3")
+    batch, before = batch_of(model, False), weights_of(model)
+    allowed = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    allowed[batch.samples[0].rollout.token_ids[0]] = False
+    monkeypatch.setattr(learner_module, "linear_policy_loss", partial(linear_policy_loss, allowed=allowed))
+    learner = Learner(model, None, GRPOConfig(kind=kind, num_updates=2))
+    with pytest.raises(RuntimeError, match=r"finite loss.*got (nan|-?inf) and \d.*\(step 7, update 1 of 2\)"):
+        learner.update(batch, 1e-3, step=7)
     assert_same_weights(before, weights_of(model))
 
 

@@ -187,6 +187,14 @@ def test_a_short_reward_table_is_refused():
         make(reward=lambda group: RewardTable({}, [1.0])).train_step(prompts(1))
 
 
+def test_a_gradient_that_is_not_finite_names_its_step():
+    trained = make()
+    trained.step = 4
+    trained.model.lm_head.weight.register_hook(lambda grad: grad * math.inf)
+    with pytest.raises(RuntimeError, match=r"\(step 5, update 1 of 1\)"):
+        trained.train_step(prompts(1))
+
+
 def test_a_step_of_failures_says_why():
     requests = [replace(prompts(1)[0], prompt=[7] * 5000)]
     with pytest.raises(RuntimeError, match="got none of 1 requests"):

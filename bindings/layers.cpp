@@ -76,6 +76,7 @@ void rope_store(py::handle queries_, py::handle keys_, py::handle values_, py::h
     a.kv_heads = check.size("kv_heads");
     a.head_dim = check.size("D");
     if (a.head_dim % 2) throw bad_value("an even head_dim", std::to_string(a.head_dim), "queries");
+    if (a.kv_heads == 0) throw bad_value("at least 1 KV head", "0", "keys");
     const std::int64_t num_slots = check.size("pages") * check.size("page_size");
     for (std::int64_t row = 0; row < (check.device().cuda ? 0 : a.rows); ++row) {
         if (a.slots[row] >= 0 && a.slots[row] < num_slots) continue;

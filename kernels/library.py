@@ -7,6 +7,24 @@ from collections.abc import Callable
 import torch
 
 _LIBRARY = torch.library.Library("foveate", "FRAGMENT")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_num_modes = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack  # None outside vmap, grad, functionalize, ...
+_is_tracing = torch._C._is_tracing  # torch.jit.trace
+
+
+def is_observed(*tensors: torch.Tensor) -> bool:
+    """Whether anything follows torch's operators: torch.compile, a trace, a dispatch mode, a transform, a subclass.
+
+    Where nothing does, and no gradient is wanted, an operator's implementation can be called by itself, which costs a
+    third. Elsewhere such a call would be left out of the trace, its result being memory that nothing has written.
+    """
+    if torch.compiler.is_compiling() or _num_modes() or _transform() is not None or _is_tracing():
+        return True
+    for tensor in tensors:  # noqa: SIM110 - a generator would take as long as all the rest
+        if type(tensor) not in _PLAIN:
+            return True
+    return False
 
 
 def operator(

@@ -16,10 +16,9 @@ import torch
 from foveate.kernels.dispatch import choose, choose_among, require
 from foveate.kernels.layers import operators, reference
 from foveate.kernels.layers.reference import rotate
+from foveate.kernels.library import is_observed
 
 __all__ = ["elementwise", "linear", "rms_norm", "rope_store_kv", "rotate"]
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str | None = None) -> torch.Tensor:
@@ -36,8 +35,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, backend: str 
     if chosen == "reference":
         return reference.rms_norm(x, weight, eps)
     rows = _as_rows(x)
-    # Nothing to record and nothing that traces: the operator's wrappers would cost more than a short row.
-    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and type(rows) in _PLAIN
+    # Where nothing records, the operator's wrappers would cost more than a short row.
+    plain = not torch.is_grad_enabled() and not is_observed(rows, weight)
     return (operators.forward if plain else operators.rms_norm)(rows, weight, eps, chosen)[0].view(x.shape)
 
 
@@ -59,7 +58,8 @@ def rope_store_kv(
     dimension. cos, sin: [T, head_dim], contiguous, sin negated in the first half: see `rotate`. key_pool, value_pool:
     [pages, page_size, kv_heads, head_dim], contiguous. All of one dtype and device. slots: int64 [T], page * page_size
     + offset, each at most once. Returns the rotated queries, [T, heads, head_dim]. Without gradients. A row's bits
-    depend on nothing but the row. Raises ValueError where shapes, dtypes, devices or (on a CPU) slots do not fit.
+    depend on nothing but the row. Raises ValueError, on every backend, where shapes, strides, dtypes, devices or (on a
+    CPU) slots do not fit.
     Source: Su et al., arXiv 2104.09864, the halves of a head being turned, as in transformers.
     """
     require(queries.dim() == 3 and queries.shape[2] % 2 == 0, "[T, heads, head_dim], even", list(queries.shape),

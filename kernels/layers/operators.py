@@ -6,7 +6,7 @@ import torch
 
 from foveate import _C
 from foveate.kernels.dispatch import stream_of
-from foveate.kernels.library import operator
+from foveate.kernels.library import is_observed, operator
 
 
 def forward(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +46,15 @@ def _fake_backward(
 
 
 def rope_store_kv(queries, keys, values, cos, sin, key_pool, value_pool, slots) -> torch.Tensor:
-    """See `foveate.kernels.layers.rope_store_kv`. No operator: it writes where a plan says, which nothing traces."""
+    """See `foveate.kernels.layers.rope_store_kv`."""
+    arguments = (queries, keys, values, cos, sin, key_pool, value_pool, slots)
+    if not is_observed(*arguments):
+        return _rotate_and_store(*arguments)
+    with torch.no_grad():
+        return _rope_store_kv(*arguments)
+
+
+def _rotate_and_store(queries, keys, values, cos, sin, key_pool, value_pool, slots) -> torch.Tensor:
     out = queries.new_empty(queries.shape)
     _C.rope_store_kv(queries, keys, values, cos, sin, key_pool, value_pool, slots, out, stream_of(out))
     return out
@@ -85,4 +93,11 @@ rms_norm_backward = operator(
     _backward,
     _fake_backward,
     backward=_no_second_derivative,
+)
+# As `foveate.kernels.layers.rope_store_kv` -> the rotated queries.
+_rope_store_kv = operator(
+    "rope_store_kv(Tensor queries, Tensor keys, Tensor values, Tensor cos, Tensor sin, Tensor(a!) key_pool,"
+    " Tensor(b!) value_pool, Tensor slots) -> Tensor",
+    _rotate_and_store,
+    lambda queries, *_: queries.new_empty(queries.shape),
 )

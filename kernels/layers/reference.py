@@ -7,6 +7,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from foveate.kernels.dispatch import require
+from foveate.kernels.library import is_observed
+
 FEW_ROWS = 128  # up to here a product on the CPU is bound by reading the weight
 MAX_BLOCK = 4096  # rows of the weight in one block
 SERIAL = 1 << 15  # torch's kernels use one thread below so many elements
@@ -29,12 +32,46 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
+@torch.no_grad()
 def rope_store_kv(queries, keys, values, cos, sin, key_pool, value_pool, slots) -> torch.Tensor:
     """See `foveate.kernels.layers.rope_store_kv`."""
+    _check_rope(queries, keys, values, cos, sin, key_pool, value_pool, slots)
     cos, sin = cos[:, None], sin[:, None]
-    key_pool.view(-1, *key_pool.shape[2:]).index_copy_(0, slots, rotate(keys, cos, sin))
-    value_pool.view(-1, *value_pool.shape[2:]).index_copy_(0, slots, values)
+    key_pool.flatten(0, 1).index_copy_(0, slots, rotate(keys, cos, sin))
+    value_pool.flatten(0, 1).index_copy_(0, slots, values)
     return rotate(queries, cos, sin)
+
+
+def _check_rope(queries, keys, values, cos, sin, key_pool, value_pool, slots) -> None:
+    """What foveate._C checks for the compiled backends."""
+    sizes: dict[str, int] = {}
+    for name, x, dims, dense in (
+        ("queries", queries, ("T", "heads", "D"), False),
+        ("keys", keys, ("T", "kv_heads", "D"), False),
+        ("values", values, ("T", "kv_heads", "D"), False),
+        ("cos", cos, ("T", "D"), True),
+        ("sin", sin, ("T", "D"), True),
+        ("key_pool", key_pool, ("pages", "page_size", "kv_heads", "D"), True),
+        ("value_pool", value_pool, ("pages", "page_size", "kv_heads", "D"), True),
+        ("slots", slots, ("T",), True),
+    ):
+        known = dict(zip(dims, x.shape, strict=False)) | sizes
+        kind = torch.int64 if name == "slots" else queries.dtype
+        lies = x.is_contiguous() if dense else x.dim() > 0 and (x.stride(-1) == 1 or x.shape[-1] == 1 or not x.numel())
+        fits = [*x.shape] == [known.get(dim) for dim in dims] and x.dtype == kind and x.device == queries.device
+        if not (fits and lies):
+            shape = ", ".join(f"{dim}={sizes[dim]}" if dim in sizes else dim for dim in dims)
+            layout = "contiguous" if dense else "last dimension contiguous"
+            got = f"{list(x.shape)} {x.dtype} with strides {x.stride()} on {x.device}"
+            require(False, f"[{shape}] {kind}, {layout}, on {queries.device}", got, name)
+        sizes = known
+    require(queries.is_floating_point(), "floating queries", queries.dtype, "queries")
+    require(sizes["kv_heads"] > 0, "at least 1 KV head", 0, "keys")
+    if slots.device.type != "cpu" or is_observed(slots) or not len(slots):
+        return  # nothing to read: the planner's word, as in foveate._C
+    limit = sizes["pages"] * sizes["page_size"]
+    for slot in map(int, slots.aminmax()):
+        require(0 <= slot < limit, f"slots in [0, {limit})", slot, "slots")
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 from foveate.kernels import layers
@@ -270,6 +272,27 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for got, want in zip(torch.autograd.grad(compiled(x, weight), (x, weight)), expected, strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # torch.jit.trace
+@pytest.mark.parametrize("grad", [True, False])
+def test_traces_and_transforms_see_the_operator(grad):
+    """Also without gradients, where the plain call runs without it."""
+    x, weight = torch.randn(3, 4, 8), torch.randn(8)
+
+    def run(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return layers.rms_norm(x, weight, 1e-6, backend="cpp")
+
+    with torch.set_grad_enabled(grad):
+        expected = run(x, weight)
+        graph = make_fx(run)(x, weight)
+        assert torch.ops.foveate.rms_norm.default in [node.target for node in graph.graph.nodes]
+        assert torch.equal(graph(x, weight), expected)
+        with FakeTensorMode() as mode:
+            assert isinstance(run(*map(mode.from_tensor, (x, weight))), FakeTensor)
+        assert torch.equal(torch.vmap(run, (0, None))(x, weight), expected)
+        assert torch.equal(torch.func.functionalize(run)(x, weight), expected)
+        assert torch.equal(torch.jit.trace(run, (x, weight), check_trace=False)(2 * x, weight), run(2 * x, weight))
 
 
 @pytest.mark.parametrize(

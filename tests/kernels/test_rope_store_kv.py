@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from foveate.kernels import layers
 from foveate.kernels.dispatch import available
@@ -26,7 +28,7 @@ class Inputs:
     pools: tuple[torch.Tensor, torch.Tensor]
     slots: torch.Tensor
 
-    @property
+    @cached_property
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin, rounded to the dtype of the queries"""
         cos, sin = self.angles.cos(), self.angles.sin()
@@ -111,7 +113,20 @@ def test_the_number_of_threads_changes_no_bit():
     [
         ({"slots": torch.tensor([0, 1, 15])}, r"slots in \[0, 15\), got 15 \(slots\)"),
         ({"slots": torch.tensor([0, -1, 2])}, r"slots in \[0, 15\), got -1 \(slots\)"),
-        ({"slots": torch.tensor([0, 1])}, r"\[T=3\] int64.*\(slots\)"),
+        ({"slots": torch.tensor([0, 1])}, r"\[T=3\] (torch\.)?int64.*\(slots\)"),
+        ({"slots": torch.tensor([0, 1, 2], dtype=torch.int32)}, r"int64.*int32.*\(slots\)"),
+        ({"slots": torch.zeros(3, 1, dtype=torch.int64)}, r"\[T=3\].*\[3, 1\].*\(slots\)"),
+        ({"keys": torch.zeros(3, 2, 16)[..., ::2]}, r"last dimension contiguous.*\(keys\)"),
+        ({"pools": (torch.zeros(5, 3, 2, 8).half(), torch.zeros(5, 3, 2, 8))}, r"float32.*float16.*\(key_pool\)"),
+        ({"pools": (torch.zeros(5, 3, 1, 8), torch.zeros(5, 3, 2, 8))}, r"kv_heads=2.*\(key_pool\)"),
+        ({"pools": (torch.zeros(3, 5, 2, 8).transpose(0, 1), torch.zeros(5, 3, 2, 8))}, r"contiguous.*\(key_pool\)"),
+        (
+            {"keys": torch.zeros(3, 0, 8), "values": torch.zeros(3, 0, 8), "pools": (torch.zeros(5, 3, 0, 8),) * 2},
+            r"at least 1 KV head, got '?0'? \(keys\)",
+        ),
+        ({"tables": (torch.zeros(3, 8).double(), torch.zeros(3, 8))}, r"float32.*float64.*\(cos\)"),
+        ({"tables": (torch.zeros(3, 1), torch.zeros(3, 8))}, r"D=8.*\[3, 1\].*\(cos\)"),
+        ({"tables": (torch.zeros(3, 8), torch.zeros(8, 3).t())}, r"contiguous.*\(sin\)"),
         ({"queries": torch.zeros(3, 4, 7)}, r"\[T, heads, head_dim\], even, got .*\(queries\)"),
         ({"keys": torch.zeros(3, 2, 6)}, r"D=8.*\(keys\)"),
         ({"values": torch.zeros(3, 1, 8)}, r"kv_heads=2.*\(values\)"),
@@ -120,12 +135,49 @@ def test_the_number_of_threads_changes_no_bit():
         ({"angles": torch.zeros(2, 4, dtype=torch.float64)}, r"T=3.*\(cos\)"),
     ],
 )
-def test_what_does_not_fit_is_named(change, message):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_does_not_fit_is_named(change, message, backend):
     given = make(3, 4, 2, 8)
     for name, value in change.items():
         setattr(given, name, value)
+    pools = [pool.clone() for pool in given.pools]
     with pytest.raises(ValueError, match=message):
-        given.run("cpp")
+        given.run(backend)
+    for pool, before in zip(given.pools, pools, strict=True):
+        assert torch.equal(pool.nan_to_num(7.0), before.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_gradients(backend):
+    given = make(3, 4, 2, 8)
+    given.queries, given.keys, given.values = (
+        x.detach().requires_grad_() for x in (given.queries, given.keys, given.values)
+    )
+    rotated = given.run(backend)
+    assert not any(x.requires_grad for x in (rotated, *given.pools))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_sees_the_operator(grad):
+    given = make(3, 4, 2, 8)
+    expected = given.run("cpp")
+    pools = tuple(torch.full_like(pool, torch.nan) for pool in given.pools)
+    arguments = (given.queries, given.keys, given.values, *given.tables, *pools, given.slots)
+    with torch.set_grad_enabled(grad):
+        graph = make_fx(partial(layers.rope_store_kv, backend="cpp"))(*arguments)
+        assert torch.ops.foveate.rope_store_kv.default in [node.target for node in graph.graph.nodes]
+        for pool in pools:
+            pool.fill_(torch.nan)
+        assert torch.equal(graph(*arguments), expected)
+    for pool, want in zip(pools, given.pools, strict=True):
+        assert torch.equal(pool.nan_to_num(7.0), want.nan_to_num(7.0))
+
+
+def test_registered_as_an_operator():
+    given = make(3, 4, 2, 8)
+    pools = [torch.zeros_like(pool) for pool in given.pools]
+    arguments = (given.queries, given.keys, given.values, *given.tables, *pools, given.slots)
+    torch.library.opcheck(torch.ops.foveate.rope_store_kv.default, arguments)
 
 
 def test_backends():

@@ -74,7 +74,7 @@ def decode(
     deterministic: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Attention of one new token a sequence; a shared segment is read once for all rows below it.
+    """Attention of one new token a sequence, without gradients; a shared segment is read once for all rows below it.
 
     Arguments, result and errors as `prefill`, whose plans it takes too. "cpp" and "cuda" read each chunk of 512 keys of
     a segment by itself, and merge a row's partial results in path and chunk order: the same bits for a row in every
@@ -83,22 +83,32 @@ def decode(
     the pool or its own rows.
     """
     _check_pools(queries, key_pool, value_pool, plan)
-    plain = deterministic or not queries.dtype == key_pool.dtype == value_pool.dtype
-    device, head_dim = queries.device, queries.shape[2]
-    chosen = decode_backend(device, queries.dtype, head_dim, deterministic=plain, backend=backend)
+    if queries.dtype == key_pool.dtype == value_pool.dtype:
+        kind = (queries.device, queries.dtype, queries.shape[2])
+        chosen = decode_backend(*kind, deterministic=deterministic, backend=backend)
+    else:
+        dtypes = f"{queries.dtype}, {key_pool.dtype} and {value_pool.dtype} (queries, key_pool, value_pool)"
+        chosen = _reference_alone(f"decode of {dtypes}", queries.device, queries.dtype, backend)
     if chosen != "reference":
         return operators.attend(queries, key_pool, value_pool, plan, scale)
     attend = chunk_rule.attend if deterministic else reference.attend
-    return attend(queries, key_pool, value_pool, plan, scale)
+    with torch.no_grad():
+        return attend(queries, key_pool, value_pool, plan, scale)
 
 
 def decode_backend(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, deterministic: bool = False, backend: str | None = None
 ) -> str:
     """The backend that `decode` takes for queries and pools of this kind, or its ValueError."""
-    plain = deterministic or head_dim > _C.ATTENTION_MAX_HEAD_DIM
-    backends = ("reference",) if plain else ("cuda", "cpp", "reference")
-    return choose_among(backends, "decode", "paged_attention", backend, device, dtype)
+    if deterministic:
+        return _reference_alone("deterministic decode", device, dtype, backend)
+    if head_dim > _C.ATTENTION_MAX_HEAD_DIM:
+        return _reference_alone(f"decode of head_dim {head_dim}", device, dtype, backend)
+    return choose_among(("cuda", "cpp", "reference"), "decode", "paged_attention", backend, device, dtype)
+
+
+def _reference_alone(operation: str, device: torch.device, dtype: torch.dtype, backend: str | None) -> str:
+    return choose_among(("reference",), operation, "paged_attention", backend, device, dtype)
 
 
 def _check_pools(queries: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor, plan: StepPlan) -> None:
@@ -111,6 +121,8 @@ def _check(rows: torch.Tensor, pool: torch.Tensor, plan: StepPlan, argument: str
     if pool.dim() != 4 or pool.shape[1] != plan.page_size:
         raise ValueError(f"expected [pages, {plan.page_size}, kv_heads, head_dim], got {list(pool.shape)} (pool)")
     kv_heads, head_dim = pool.shape[2:]
+    if kv_heads == 0:
+        raise ValueError(f"expected at least 1 KV head, got {list(pool.shape)} (pool)")
     heads = rows.shape[1] if argument == "queries" and rows.dim() == 3 else kv_heads
     if rows.shape != (plan.num_rows, heads, head_dim):
         expected = f"[{plan.num_rows}, {'heads' if argument == 'queries' else kv_heads}, {head_dim}]"

@@ -6,7 +6,7 @@ import torch
 
 from foveate import _C
 from foveate.kernels.dispatch import stream_of
-from foveate.kernels.library import operator
+from foveate.kernels.library import is_observed, operator
 from foveate.kernels.paged_attention.plan import StepPlan
 from foveate.kernels.paged_attention.tiles import tiles_of
 
@@ -17,8 +17,11 @@ def attend(queries, key_pool, value_pool, plan: StepPlan, scale: float) -> torch
     if queries.stride(-1) != 1:
         queries = queries.contiguous()
     arrays = (tiles.pages, tiles.tiles, tiles.rows, tiles.row_parts, tiles.part_offsets)
-    # Nothing of a plan can be traced, so that the operator's own cost buys nothing here.
-    return _decode(queries, key_pool, value_pool, *arrays, tiles.num_parts, scale)
+    arguments = (queries, key_pool, value_pool, *arrays, tiles.num_parts, scale)
+    if not is_observed(queries, key_pool, value_pool):
+        return _decode(*arguments)
+    with torch.no_grad():
+        return decode_attention(*arguments)
 
 
 def _decode(queries, key_pool, value_pool, pages, tiles, rows, row_parts, part_offsets, num_parts: int, scale: float):

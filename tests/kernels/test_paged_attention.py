@@ -210,11 +210,13 @@ WRONG_QUERIES = {
     "heads": ("queries", lambda x: x[:, :5], r"expected heads a multiple of 2, got 5 \(queries\)"),
     "page_size": ("key_pool", lambda x: x[:, :3], r"expected \[pages, 4, kv_heads, head_dim\], got \[.*, 3, 2, 5\]"),
     "pool dims": ("key_pool", lambda x: x[0], r"expected \[pages, 4, kv_heads, head_dim\], got \[4, 2, 5\] \(pool\)"),
+    "no KV heads": ("key_pool", lambda x: x[:, :, :0], r"expected at least 1 KV head, got \[9, 4, 0, 5\] \(pool\)"),
     "pools": ("value_pool", lambda x: x[:, :3], r"expected \[\d+, 4, 2, 5\], got \[\d+, 3, 2, 5\] \(value_pool\)"),
 }
 WRONG_KV = {
     "keys rows": ("keys", lambda x: x[:-1], r"expected \[19, 2, 5\], got \[18, 2, 5\] \(keys\)"),
     "keys heads": ("keys", lambda x: x[:, :1], r"expected \[19, 2, 5\], got \[19, 1, 5\] \(keys\)"),
+    "no KV heads": ("key_pool", lambda x: x[:, :, :0], r"expected at least 1 KV head, got \[9, 4, 0, 5\] \(pool\)"),
     "values heads": ("values", lambda x: x[:, :1], r"expected \[19, 2, 5\], got \[19, 1, 5\] \(values\)"),
     "values head_dim": ("values", lambda x: x[..., :4], r"expected \[19, 2, 5\], got \[19, 2, 4\] \(values\)"),
     "value pool": ("value_pool", lambda x: x[:, :3], r"expected \[pages, 4, .*\], got \[\d+, 3, 2, 5\] \(pool\)"),

@@ -9,6 +9,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from foveate import _C
 from foveate.kernels import paged_attention
@@ -284,6 +286,46 @@ def test_what_it_does_not_take_goes_to_the_reference_or_is_refused():
         operation = paged_attention.decode if mode else paged_attention.prefill
         with pytest.raises(ValueError, match=r"expected one of \('reference',\), which .* has, got 'cpp' \(backend\)"):
             attend(CROWD, step, partial(operation, backend="cpp", **mode))
+
+
+def test_dtypes_that_differ_are_named():
+    step = make_step(CROWD)
+    pools = [torch.randn(step.num_pages, 16, 2, 24).half() for _ in range(2)]
+    dtypes = r"float32, torch.float16 and torch.float16 \(queries, key_pool, value_pool\)"
+    with pytest.raises(ValueError, match=rf"which decode of torch.{dtypes} has, got 'cpp' \(backend\)"):
+        decode(step.queries, *pools, step.plan, scale=1.0)
+    chosen, plain = (
+        paged_attention.decode(step.queries, *pools, step.plan, scale=1.0, backend=name) for name in (None, "reference")
+    )
+    assert torch.equal(chosen, plain)
+
+
+@pytest.mark.parametrize("mode", [{"backend": "cpp"}, {"backend": "reference"}, {"deterministic": True}], ids=str)
+def test_without_gradients(mode):
+    step = make_step(CROWD)
+    pools = [torch.zeros(step.num_pages, 16, 2, 24, requires_grad=True) for _ in range(2)]
+    out = paged_attention.decode(step.queries.clone().requires_grad_(), *pools, step.plan, scale=1.0, **mode)
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_traces_and_transforms_see_the_operator(grad):
+    step = make_step(CROWD)
+    pools = [torch.randn(step.num_pages, 16, 2, 24) for _ in range(2)]
+    run = partial(decode, plan=step.plan, scale=0.5)
+    with torch.set_grad_enabled(grad):
+        graph = make_fx(run)(step.queries.requires_grad_(grad), *pools)
+        assert torch.ops.foveate.decode_attention.default in [node.target for node in graph.graph.nodes]
+        expected = run(step.queries, *pools)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = run(mode.from_tensor(step.queries), *map(mode.from_tensor, pools))
+        assert isinstance(fake, FakeTensor)
+        assert not fake.requires_grad
+        assert torch.equal(run(step.queries, *pools), expected)  # what the plan keeps is real
+        assert torch.equal(graph(step.queries, *pools), expected)
+        several = torch.vmap(run, (0, None, None))(torch.stack([step.queries, -step.queries]), *pools)
+        assert torch.equal(several[0], expected)
+        assert torch.equal(several[1], run(-step.queries, *pools))
 
 
 def operator_arguments() -> list:

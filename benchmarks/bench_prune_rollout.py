@@ -5,9 +5,10 @@
 On a CPU the tiny Qwen2.5-VL of bench_rollout.py, on a GPU a random model of Qwen2.5-VL-3B's shape. For each batch size
 and for sharing on and off, engines of all methods and keep ratios take turns; the first round is a warm-up.
 
-    sharing    the batch is groups of up to 8 samples, each of one request: a group's prompt is computed and held once
-    without    every sample is a request of its own, with n = 1 and another first token, so that no keys are shared; all
-               look at the same picture, which is encoded once, as in a group
+    sharing    the batch is groups of up to 8 samples, each of one request with a picture of its own: a group's prompt
+               is computed and held once
+    without    every sample is a request of its own, with n = 1 and another first token, so that no keys are shared; 8
+               samples look at one picture, which is encoded once, as in a group
     encode_s   tower and selection at the encoder. prefill_s: the language model up to the first token of every sample,
                with what methods inside the model select. decode_s: the other tokens
     tokens_per_second, decode_tokens_per_second: of the whole run, of its decode steps

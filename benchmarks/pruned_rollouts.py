@@ -22,7 +22,7 @@ TEXT_TOKENS, PAGE_SIZE = 32, 16
 
 @dataclass(frozen=True)
 class Setting:
-    """Engines are compared within one. batch: samples."""
+    """Engines are compared within one. batch: samples; each GROUP of them looks at a picture of its own."""
 
     sharing: bool
     batch: int
@@ -39,13 +39,14 @@ class Setting:
         return min(self.batch, GROUP) if self.sharing else 1
 
     @cached_property
-    def vision(self) -> VisionInputs:
+    def pictures(self) -> list[VisionInputs]:
         grid = torch.tensor([[1, 2 * self.grid[0], 2 * self.grid[1]]])
-        generator = torch.Generator().manual_seed(0)
-        return VisionInputs(torch.randn(4 * self.image_tokens, 3 * 2 * 14 * 14, generator=generator), grid)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(-(-self.batch // GROUP))]
+        shape = (4 * self.image_tokens, 3 * 2 * 14 * 14)
+        return [VisionInputs(torch.randn(shape, generator=generator), grid) for generator in generators]
 
     def requests(self, model: nn.Module, **sampling: Any) -> list[Request]:
-        """Prompts that differ in their first token."""
+        """Prompts that differ in their first token; the requests of one group's samples share its picture."""
         config = model.config
         text = torch.randint(0, 200, (TEXT_TOKENS,), generator=torch.Generator().manual_seed(0))
         image = torch.full((self.image_tokens,), config.image_token_id)
@@ -54,7 +55,7 @@ class Setting:
         return [
             Request(
                 torch.cat([torch.tensor([first]), text[:8], ends[0], image, ends[1], text[8:]]),
-                vision=self.vision,
+                vision=self.pictures[first * self.n // GROUP],
                 n=self.n,
                 sampling=params,
             )

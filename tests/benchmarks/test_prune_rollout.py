@@ -89,6 +89,23 @@ def test_as_many_fit_as_it_says(prune, sharing, model):
         assert (most == samples + more and stats["preempted"] == 0) == (more == 0)
 
 
+@pytest.mark.parametrize("prune", [None, PruneConfig("visionzip", 0.5), FASTV])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_a_picture_for_each_group(prune, sharing, model, monkeypatch):
+    """Encoded once for the samples of a group, whether they are one request or eight."""
+    contender = Contender(model, replace(SMALL, sharing=sharing, batch=16), prune, 1 << 24)
+    tower, encoded = contender.engine._runner.vision, []
+    encode = tower.encode
+    monkeypatch.setattr(tower, "encode", lambda images, *rest: encoded.extend(images) or encode(images, *rest))
+    for _ in range(2):
+        encoded.clear()
+        contender.run()
+        assert len(encoded) == len({image.content_hash for image in encoded}) == 2
+    seen = [request.vision.pixel_values.data_ptr() for request in contender.requests]
+    each = len(seen) // 2
+    assert seen == [seen[0]] * each + [seen[-1]] * each
+
+
 def test_what_is_checked(model, monkeypatch):
     contender = Contender(model, SMALL, FASTV, 1 << 24)
     contender.run()

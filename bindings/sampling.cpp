@@ -16,6 +16,14 @@ T* data_of(const Tensor& tensor) {
     return static_cast<T*>(tensor.data);
 }
 
+// Ids on the CPU are looked at before the row of each is read there.
+void check_given(const SampleArguments& a) {
+    for (std::int64_t row = 0; row < (a.given ? a.rows : 0); ++row) {
+        if (a.given[row] >= 0 && a.given[row] < a.vocab) continue;
+        throw bad_value("ids in [0, " + std::to_string(a.vocab) + ")", std::to_string(a.given[row]), "given");
+    }
+}
+
 // given: int64 [N] to score, or None to draw, which needs seeds, steps and token_ids. values: float32 [3, N],
 // the log-probabilities, log_kept and entropies.
 void sample_rows(py::handle logits_, py::handle temperature_, py::handle top_k_, py::handle top_p_,
@@ -57,6 +65,7 @@ void sample_rows(py::handle logits_, py::handle temperature_, py::handle top_k_,
     if (values.shape[0] != 3) throw bad_value("3 rows", std::to_string(values.shape[0]), "values");
     arguments.rows = logits.shape[0];
     arguments.vocab = logits.shape[1];
+    if (!check.device().cuda) check_given(arguments);
     arguments.logprobs = data_of<float>(values);
     arguments.log_kept = arguments.logprobs + arguments.rows;
     arguments.entropy = arguments.log_kept + arguments.rows;

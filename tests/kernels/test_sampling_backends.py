@@ -159,3 +159,9 @@ def test_what_does_not_fit_is_named():
         ValueError, match=r"expected \[N=2\] int64, contiguous, on cpu, got \[3\] int64 on cpu \(seeds\)"
     ):
         torch.ops.foveate.sample(logits, torch.arange(3), rows, *parameters, None, "cpp")
+    for wrong in (-1, 7, 2**40, -(2**62)):
+        for place in (0, 1):
+            ids = torch.tensor([6, 0])
+            ids[place] = wrong
+            with pytest.raises(ValueError, match=rf"expected ids in \[0, 7\), got {wrong} \(given\)"):
+                torch.ops.foveate.score_tokens(logits, ids, *parameters, None, "cpp")

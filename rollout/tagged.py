@@ -64,7 +64,9 @@ class SpanMasks:
 
     allowed: int32 [words], bits of the ids that may be drawn at all (`foveate.kernels.sampling.masks`). early: the same
     while stop ids are banned, too. vocab: number of ids. Raises ValueError if an id lies beyond the vocabulary, a tag
-    cannot be drawn, nothing could be drawn in some place, or two spans share an opening tag.
+    cannot be drawn, because it is banned or because an opening tag is a closing tag or an exclusive id of a span,
+    nothing could be drawn in some place, two spans share an opening tag, or a closing tag is a stop id that `early`
+    bans: a span that must close would end the sample too soon. Stop ids inside a span end no sample.
     """
 
     def __init__(self, spans: Sequence[TaggedSpan], allowed: torch.Tensor, early: torch.Tensor, vocab: int):
@@ -76,11 +78,15 @@ class SpanMasks:
             require(max(ids) < vocab, f"ids < {vocab}", [i for i in ids if i >= vocab][:9], "tagged")
             lost = [i for i in ids[:2] if not masks.has(allowed, i)]
             require(not lost, "tags that are not banned", lost, "tagged")
+            stops = not masks.has(early, span.closing)
+            require(not stops, "closing tags that are no stop ids, with min_tokens", span.closing, "tagged")
 
         def only(*ids: int) -> torch.Tensor:
             return allowed & masks.of_ids(ids, vocab).to(allowed.device)
 
         hidden = [i for span in self.spans for i in (span.closing, *(span.inside if span.exclusive else ()))]
+        unreachable = sorted(self._of_opening.keys() & {*hidden})
+        require(not unreachable, "opening tags that may be drawn outside the spans", unreachable[:9], "tagged")
         self._outside, self._outside_early = (words & ~only(*hidden) for words in (allowed, early))
         for words in (self._outside, self._outside_early):
             require(bool(words.any()), "an id that may be drawn outside the spans", None, "tagged")

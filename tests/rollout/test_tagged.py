@@ -185,6 +185,9 @@ def test_spans_that_make_no_sense(fields, message):
         ({"tagged": (DEPTH, TaggedSpan(200, 205, (1,)))}, "an opening tag for each span"),
         ({"banned_token_ids": (201,)}, "tags that are not banned"),
         ({"banned_token_ids": DEPTH.inside}, "an id inside that is not banned"),
+        ({"tagged": (DEPTH, TaggedSpan(201, 205, (1,)))}, "opening tags that may be drawn outside the spans"),
+        ({"tagged": (DEPTH, TaggedSpan(215, 205, (1,)))}, "may be drawn outside the spans, got [215]"),
+        ({"stop_token_ids": (7, 203), "min_tokens": 1}, "no stop ids, with min_tokens, got 203"),
         ({"allowed_token_ids": (200, 201, 202, 203, *DEPTH.inside, *BOX.inside),
           "tagged": (TaggedSpan(200, 201, (202, 203, *DEPTH.inside, *BOX.inside)),
                      )}, None),
@@ -199,7 +202,32 @@ def test_spans_that_the_request_cannot_have(make_engine, sampling, message):
     (group,) = engine.generate([request(0, **sampling)])
     assert message in str(group.error)
     assert "(tagged)" in str(group.error)
+    assert repr(group.request_id) in str(group.error)
     assert engine.memory_report()["kv_pages_used"] == 0
+
+
+def test_an_opening_tag_may_be_an_id_that_is_not_exclusive(make_engine):
+    """49 opens a span outside of them, and is a plain id in a box."""
+    inner, bias = TaggedSpan(49, 205, (220, 221), most=1), {202: 8.0, 49: 8.0}
+    groups = make_engine("qwen3").generate([request(seed, tagged=(BOX, inner), logit_bias=bias) for seed in range(6)])
+    spans = [s for g in groups for r in g.rollouts for s in read(r.token_ids.tolist(), (BOX, inner))[0]]
+    assert any(49 in inside for opening, inside in spans if opening == BOX.opening)
+    assert any(opening == 49 for opening, _ in spans)
+
+
+def test_a_closing_tag_may_end_a_sample(make_engine):
+    """As a stop id without min_tokens; the same tag with min_tokens is refused, for it may have to be drawn."""
+    spans = (TaggedSpan(200, closing=3, inside=(210, 211), most=2),)
+    fields = {"stop_token_ids": (3,), "tagged": spans, "logit_bias": {200: 30.0}}
+    engine = make_engine("qwen3")
+    (group,) = engine.generate([request(0, **fields)], strict=True)
+    for rollout in group.rollouts:
+        ids = rollout.token_ids.tolist()
+        assert rollout.finish_reason == "stop"
+        assert (ids[0], ids[-1]) == (200, 3)
+        assert len(ids) <= 4
+    (group,) = engine.generate([request(0, min_tokens=20, **fields)])
+    assert "closing tags that are no stop ids, with min_tokens, got 3 (tagged)" in str(group.error)
 
 
 def test_wrong_types_are_refused():

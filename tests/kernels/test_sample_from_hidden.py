@@ -231,6 +231,10 @@ def test_masks_are_bits(vocab):
         assert torch.equal(masks.of_ids(allowed[row].nonzero().flatten().tolist(), vocab), words[row])
         assert [masks.has(words[row], token) for token in range(vocab)][:99] == allowed[row].tolist()[:99]
     assert torch.equal(masks.unpack(words, vocab), allowed)
+    assert torch.equal(masks.pack(allowed.t().contiguous().t()), words)
+    assert torch.equal(masks.pack(allowed[None, :, :].expand(2, 3, vocab)), torch.stack([words, words]))
+    assert torch.equal(masks.pack(allowed[1]), words[1])
+    assert masks.pack(allowed[:0]).shape == (0, words.shape[1])
     with pytest.raises(ValueError, match=r"\(allowed\)"):
         masks.unpack(words[:, :0], vocab)
     for beyond in (-1, vocab):

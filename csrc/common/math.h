@@ -14,7 +14,7 @@ namespace foveate {
 // at most.
 FOVEATE_FN float exp_float(float x) {
     constexpr float kLog2e = 1.44269504f, kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-    const float n = fmaf(x, kLog2e, kRound) - kRound;
+    const float shifted = fmaf(x, kLog2e, kRound), n = shifted - kRound;
     float r = fmaf(n, -0.693359375f, x);  // log 2, its first bits: n times it is exact
     r = fmaf(n, 2.12194440e-4f, r);       // and what they lack
     float p = 1.98412698e-4f;             // 1 / 7!
@@ -25,7 +25,8 @@ FOVEATE_FN float exp_float(float x) {
     p = fmaf(p, r, 0.5f);
     p = fmaf(p, r, 1.0f);
     p = fmaf(p, r, 1.0f);
-    const auto power = static_cast<std::uint32_t>(static_cast<std::int32_t>(n) + 127) << 23;
+    // The lowest bits of `shifted` are those of n, which need no cast: an infinity or NaN fits no integer.
+    const std::uint32_t power = (float_bits(shifted) + 127u) << 23;
     // A mask, not a choice, which a compiler would turn into a branch that no vector can take.
     const std::uint32_t keep = 0u - static_cast<std::uint32_t>(!(x < -87.0f));
     return bits_float(float_bits(p * bits_float(power)) & keep);

@@ -1,11 +1,12 @@
 """Drawing tokens from logits and from hidden states; run as `python benchmarks/bench_sampling.py`.
 
-Peers do less: none returns log-prob, kept mass and entropy, and none takes a seed for each row. `torch` is softmax, a
-filter by sorting where one is asked for, and multinomial; `compile` the same under torch.compile; `flashinfer` is its
-sampler from logits or probabilities. From hidden states: `linear` is the LM head's product alone, the floor; `gumbel`
-the product and one pass of Gumbel-max as FlashSampling draws, unfused, and `gumbel_compile` the same compiled; `slabs`
-cuts to top-k slab by slab of the vocabulary, in a second pass draws among what is left, and never holds all logits.
-What is not installed is left out. Logits are normal with standard deviation 3.
+Peers do less: none returns log-prob, kept mass and entropy, and none takes a seed for each row. In case `banned` they
+write -inf over the banned ids of a copy of the logits. `torch` is softmax, a filter by sorting where one is asked for,
+and multinomial; `compile` the same under torch.compile; `flashinfer` is its sampler from logits or probabilities. From
+hidden states: `linear` is the LM head's product alone, the floor; `gumbel` the product and one pass of Gumbel-max as
+FlashSampling draws, unfused, and `gumbel_compile` the same compiled; `slabs` cuts to top-k slab by slab of the
+vocabulary, in a second pass draws among what is left, and never holds all logits. What is not installed is left out.
+Logits are normal with standard deviation 3.
 
 On a GPU the kernels are called by their operators, with all parameters on the device: `sample` itself looks at seeds
 and steps, which waits for the GPU, and a graph could not be captured.
@@ -124,12 +125,21 @@ def from_logits(backend: str, case: str, logits, seeds, steps, allowed, *columns
     return sampling.sample(logits, **given, seeds=seeds, steps=steps, backend=backend)
 
 
+def without_banned(case: str, logits: torch.Tensor) -> torch.Tensor:
+    """-inf for the ids that the case bans, in a copy; a list of ids as an index would make a GPU wait for the host."""
+    if case == "banned":
+        logits = logits.clone()
+        for token in BANNED:
+            logits[:, token] = -math.inf
+    return logits
+
+
 def torch_draw(case: str, logits: torch.Tensor, *_: Any) -> torch.Tensor:
     """Top-k, then top-p of the rest, then min-p, then multinomial; ties at a border go by the sort."""
     given = FILTERS[case]
     if given.get("temperature") == 0.0:
         return logits.argmax(-1)
-    logits = logits.float() / given.get("temperature", 1.0)
+    logits = without_banned(case, logits).float() / given.get("temperature", 1.0)
     ids = None
     if "top_k" in given:
         logits, ids = logits.topk(min(given["top_k"], logits.shape[1]), -1)
@@ -148,7 +158,7 @@ def flashinfer_draw(case: str, logits: torch.Tensor, *_: Any) -> torch.Tensor:
     import flashinfer
 
     given, draw = FILTERS[case], flashinfer.sampling
-    logits = logits.float()
+    logits = without_banned(case, logits).float()
     if case in ("plain", "banned"):
         return draw.sampling_from_logits(logits)
     if case == "top_k_top_p":

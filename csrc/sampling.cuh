@@ -328,7 +328,8 @@ struct SampleRow {
         FOVEATE_SIMD_OR(any)
         for (int j = 0; j < kChunk; ++j) {
             const float p = exp_float(z[j] - peak);
-            // 1 - u, not rounded up: a bound may only be too kind.
+            // 1 - u, its lowest bit cut off. The cast to float may round up by 2^-24 of it, and a bound may
+            // only be too kind: the slack in the bar, 2^-15 and more, makes up for that.
             const float complement = static_cast<float>(static_cast<std::int32_t>(~words[j] >> 1)) * 0x1p-31f;
             may_win[j] = (keeps(c, z[j], first + j) & (p > 0.0f) & (p >= complement * bar)) ? 1 : 0;
             any |= may_win[j];

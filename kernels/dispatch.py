@@ -2,7 +2,8 @@
 
 Backends: "reference" (plain torch, the definition of correct), "cpp" (foveate._C on the CPU), "triton", "cuda"
 (foveate._C on a GPU). The order of precedence: the caller's explicit request, then the environment variable
-FOVEATE_BACKEND ("triton", or by family: "sampling=cuda,layers=triton"), then the best one that is there.
+FOVEATE_BACKEND ("reference", or by family: "sampling=cuda,layers=triton"), then the best one that is there. A bare
+name must be one that every family of the call has: an engine's paged_attention has no "triton".
 """
 
 from __future__ import annotations

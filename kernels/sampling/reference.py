@@ -32,7 +32,7 @@ _RACE_RATIO = 24.0  # the 22.9 above and what fp32 rounding of p / r can add
 
 
 class Parameters(NamedTuple):
-    """Per-row parameters, checked: temperature, top_p, min_p float32 [N]; top_k, seeds, steps int64 [N].
+    """Per-row parameters, checked: temperature, top_p, min_p float32 [N]; top_k int64 [N].
 
     allowed: int32 [1, W] or [N, W] or None, bits of the ids that may be drawn (`masks.pack`). filtered: whether any row
     uses a filter. banned: bool [V] or [N, V], the other ids, where `rows` has unpacked them.

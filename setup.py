@@ -31,6 +31,7 @@ CXX_FLAGS = [
     "-ffp-contract=off",
     "-fno-trapping-math",
     "-fno-math-errno",
+    "-fno-wrapv",  # which the flags of Python bring: with it, loops over int stay scalar
     "-fopenmp",
     "-Wall",
     "-Wextra",

@@ -66,6 +66,7 @@ def _pages(plan: StepPlan, device: torch.device) -> dict[str, Any]:
 
 
 def _differs_in_pages_alone(plan: StepPlan, like: StepPlan | None) -> bool:
+    assert like is not None, "whose tiles are taken over"
     same = all(getattr(plan, name) is getattr(like, name) for name in SHARED)
     return same and len(plan.visit_pages) == len(like.visit_pages)
 

@@ -50,12 +50,11 @@ def grpo_config(options: DemoOptions) -> GRPOConfig:
 
     With half as many prompts the gradient is so noisy that perception falls before it rises.
     """
-    aggregation = {"grpo": "sequence"}.get(options.kind, "kind")
     constant = KINDS[options.kind].aggregation == "constant"
     return GRPOConfig(
         kind=options.kind,
         advantage=options.advantage,
-        aggregation=aggregation,
+        aggregation="sequence" if options.kind == "grpo" else "kind",
         aggregation_length=MAX_TOKENS if constant else None,
         prompts_per_step=PROMPTS_PER_STEP,
         max_steps=options.steps,

@@ -2,11 +2,10 @@
 
 Peers do less: none returns log-prob, kept mass and entropy, and none takes a seed for each row. In case `banned` they
 write -inf over the banned ids of a copy of the logits. `torch` is softmax, a filter by sorting where one is asked for,
-and multinomial; `compile` the same under torch.compile; `flashinfer` is its sampler from logits or probabilities. From
-hidden states: `linear` is the LM head's product alone, the floor; `gumbel` the product and one pass of Gumbel-max as
-FlashSampling draws, unfused, and `gumbel_compile` the same compiled; `slabs` cuts to top-k slab by slab of the
-vocabulary, in a second pass draws among what is left, and never holds all logits. What is not installed is left out.
-Logits are normal with standard deviation 3.
+and multinomial; `compile` the same compiled; `flashinfer` its sampler from logits or probabilities. From hidden states:
+`linear` is the LM head's product alone, the floor; `gumbel` the product and one pass of Gumbel-max as FlashSampling
+draws, unfused, `gumbel_compile` the same compiled; `slabs` cuts to top-k slab by slab, then draws among what is left,
+and never holds all logits. What is not installed is left out. Logits are normal with standard deviation 3.
 
 On a GPU the kernels are called by their operators, with all parameters on the device: `sample` itself looks at seeds
 and steps, which waits for the GPU, and a graph could not be captured.

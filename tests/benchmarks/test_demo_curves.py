@@ -24,6 +24,8 @@ def test_arms_differ_as_their_names_say(name):
 
 
 def test_a_run_writes_a_row_an_arm(tmp_path, monkeypatch):
+    for extra in ("math_verify", "scipy", "sklearn"):
+        pytest.importorskip(extra)
     monkeypatch.setattr(Demo, "warm_start", lambda self: None)
     output = tmp_path / "rows.jsonl"
     words = ["demo_curves.py", "--arms", "gspo", "visionzip-corrected", "--seeds", "3", "--steps", "2"]

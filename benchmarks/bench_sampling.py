@@ -7,8 +7,9 @@ and multinomial; `compile` the same compiled; `flashinfer` its sampler from logi
 draws, unfused, `gumbel_compile` the same compiled; `slabs` cuts to top-k slab by slab, then draws among what is left,
 and never holds all logits. What is not installed is left out. Logits are normal with standard deviation 3.
 
-On a GPU the kernels are called by their operators, with all parameters on the device: `sample` itself looks at seeds
-and steps, which waits for the GPU, and a graph could not be captured.
+On a GPU the kernels are called by their operators, with parameters on the device: `sample` itself looks at seeds and
+steps, which waits for the GPU, and no graph could be captured. From hidden states `cuda` is Hopper's kernel, which
+other chips refuse, `product` the LM head's product in fp32 and `sample`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "min_p": {"min_p": 0.05},
     "banned": {},
 }
-FROM_HIDDEN = ("plain", "top_k_top_p")
+FROM_HIDDEN, UNFUSED = ("plain", "top_k_top_p"), ("cpp", "reference")
 BANNED = [3, 17, 20]
 SLAB = 8192  # ids
 
@@ -192,13 +193,13 @@ def hidden_inputs(rows: int, dim: int, vocab: int, dtype: torch.dtype, case: str
 
 
 def from_hidden(backend: str, case: str, hidden, lm_head, seeds, steps, *columns) -> Results:
-    if not hidden.is_cuda:
-        given = {"temperature": 1.0, **FILTERS[case], "seeds": seeds, "steps": steps, "backend": backend}
-        return sampling.sample_from_hidden(hidden, lm_head, **given)
-    if backend == "triton":
-        drawn = operators.sample_from_hidden(hidden, lm_head, None, columns[0], seeds, steps, None, False)
+    if not hidden.is_cuda or backend == "reference":
+        given = {"temperature": 1.0, **FILTERS[case], "seeds": seeds, "steps": steps}
+        return sampling.sample_from_hidden(hidden, lm_head, **given, backend=backend)
+    if case == "plain" and backend != "product":
+        drawn = operators.sample_from_hidden(hidden, lm_head, None, columns[0], seeds, steps, None, False, backend)
     else:
-        drawn = operators.sample(sampling.logits_of(hidden, lm_head), seeds, steps, *columns, None, backend)
+        drawn = operators.sample(sampling.logits_of(hidden, lm_head), seeds, steps, *columns, None, "cuda")
     return drawn[0], *drawn[1].unbind()
 
 
@@ -233,9 +234,7 @@ def slabs(hidden: torch.Tensor, lm_head: torch.Tensor, *_: Any) -> tuple[torch.T
 
 
 def hidden_peers(case: str, device: torch.device) -> dict[str, Run]:
-    found: dict[str, Run] = (
-        {"linear": linear, "gumbel": gumbel} if case == "plain" else {"linear": linear, "slabs": slabs}
-    )
+    found: dict[str, Run] = {"linear": linear, **({"gumbel": gumbel} if case == "plain" else {"slabs": slabs})}
     if device.type == "cuda":
         torch._dynamo.reset()
         if case == "plain":
@@ -280,9 +279,10 @@ def _from_hidden(options: Options) -> Iterator[Measurement]:
     on_gpu = options.device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     heads = [(1, 2048, 151_936), (64, 2048, 151_936), (256, 2048, 151_936)] if on_gpu else [(8, 576, 49_152)]
-    for rows, dim, vocab in [(4, 32, 62)] if options.quick else heads:
+    for rows, dim, vocab in [(4, 32, 64)] if options.quick else heads:
         for case in FROM_HIDDEN:
-            names = [name for name in backends_of("sampling", options.device) if case == "plain" or name != "triton"]
+            names = [name for name in backends_of("sampling", options.device) if case == "plain" or name in UNFUSED]
+            names += ["product"] if on_gpu else []
             yield Measurement(
                 kernel="sample_from_hidden",
                 shape={"N": rows, "D": dim, "V": vocab, "case": case},

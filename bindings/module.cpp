@@ -1,4 +1,5 @@
-// foveate._C: one register_<family>(m) per family of csrc/. It links neither libtorch nor anything of torch.
+// foveate._C: one register_<name>(m) per file of csrc/ that has kernels. It links neither libtorch nor
+// anything of torch.
 #include "module.h"
 
 namespace py = pybind11;
@@ -29,6 +30,7 @@ PYBIND11_MODULE(_C, m) {
     register_pages(m);
     register_paged_attention(m);
     register_policy_loss(m);
+    register_sample_from_hidden(m);
     register_sampling(m);
     register_vision_prune(m);
 }

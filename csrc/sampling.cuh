@@ -2,14 +2,12 @@
 //
 // Top-k and top-p look for a value by radix selection, which counts ids (top-k) or adds up their integer
 // weights (top-p). Ids that equal the value found are kept from the lowest on, as many as there is room for.
-//
-// Gumbel-max: an id's noise is -log(-log u) <= -log(1 - u), so that an id whose bound does not reach the best
-// score so far needs no logarithm; a few dozen ids of a row do.
 #pragma once
 
 #include <cmath>
 
 #include "common/block.h"
+#include "common/gumbel.h"
 #include "common/logit_row.h"
 #include "common/math.h"
 #include "common/philox.h"
@@ -17,14 +15,6 @@
 #include "sampling.h"
 
 namespace foveate {
-
-// The noise of a word of Philox, in fp32: finite for every word.
-FOVEATE_FN float gumbel(std::uint32_t word) {
-    const std::uint32_t complement = ~word;
-    const float e = complement < 0x80000000u ? -log1pf(-(static_cast<float>(complement) + 0.5f) * 0x1p-32f)
-                                             : -logf((static_cast<float>(word) + 0.5f) * 0x1p-32f);
-    return -logf(e);
-}
 
 // floor(e^x 2^40), x = z - z_max in fp32.
 FOVEATE_FN std::uint64_t integer_weight(float x) {
@@ -76,7 +66,7 @@ struct SampleRow {
         if (kMasked || temperature == 0.0f) {
             best = best_allowed(block, row);
             if (best == 0) return refuse(block, r);
-            allowed_peak = value_of(static_cast<std::uint32_t>(best >> 32));
+            allowed_peak = score_in(best);
         }
         const auto moments = [row, peak](float logit) {
             const float centred = row.scaled(logit) - peak;
@@ -108,13 +98,6 @@ struct SampleRow {
             a.logprobs[r] = a.log_kept[r] = a.entropy[r] = kNaN;
         });
     }
-
-    // The key of a score or logit, then the complement of its id: larger is better, the lowest id of equals.
-    FOVEATE_FN static std::uint64_t packed(float score, std::int32_t i) {
-        return std::uint64_t{key_of(score)} << 32 | static_cast<std::uint32_t>(~i);
-    }
-
-    FOVEATE_FN static std::int32_t id_in(std::uint64_t best) { return ~static_cast<std::int32_t>(best); }
 
     // The largest z of the allowed ids, packed; 0 if there is none above -inf.
     template <class Block, bool kMasked>
@@ -328,10 +311,8 @@ struct SampleRow {
         FOVEATE_SIMD_OR(any)
         for (int j = 0; j < kChunk; ++j) {
             const float p = exp_float(z[j] - peak);
-            // 1 - u, its lowest bit cut off. The cast to float may round up by 2^-24 of it, and a bound may
-            // only be too kind: the slack in the bar, 2^-15 and more, makes up for that.
-            const float complement = static_cast<float>(static_cast<std::int32_t>(~words[j] >> 1)) * 0x1p-31f;
-            may_win[j] = (keeps(c, z[j], first + j) & (p > 0.0f) & (p >= complement * bar)) ? 1 : 0;
+            may_win[j] =
+                (keeps(c, z[j], first + j) & (p > 0.0f) & (p >= complement_of(words[j]) * bar)) ? 1 : 0;
             any |= may_win[j];
         }
         return any != 0;
@@ -344,8 +325,7 @@ struct SampleRow {
         constexpr int kChunk = Block::chunk;
         const auto step = static_cast<std::uint32_t>(a.steps[r]);
         const auto seed = static_cast<std::uint64_t>(a.seeds[r]);
-        // Scores are rounded at their own magnitude, which can exceed that of the noise by far.
-        const float slack = (fabsf(peak) + 64.0f) * 0x1p-21f;
+        const float slack = slack_of(peak);
         std::uint64_t best = 0;
         float bar = 0.0f;  // e^(best score - peak - slack): p / (1 - u) of an id that can win reaches it
         block.chunks(row.vocab, [&](std::int32_t first, int count) {

@@ -75,6 +75,11 @@ def choose_among(
     return _best(family, device, dtype, backends)
 
 
+def is_named(family: str, requested: str | None) -> bool:
+    """Whether the argument or FOVEATE_BACKEND names a backend of the family."""
+    return _requested(family, requested)[0] is not None
+
+
 def for_family(family: str, requested: str | None) -> str | None:
     """A backend asked for by its name, as a request that speaks of the family; others as they are."""
     return f"{family}={requested}" if requested and "=" not in requested else requested

@@ -1,24 +1,16 @@
 #include <cuda_runtime.h>
 
-#include <stdexcept>
 #include <string>
 
+#include "common/cuda_error.cuh"
 #include "common/device.h"
 
 namespace foveate {
-namespace {
-
-void check(cudaError_t error, const std::string& what) {
-    if (error == cudaSuccess) return;
-    throw std::runtime_error(what + ": " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
-}
-
-}  // namespace
 
 DeviceGuard::DeviceGuard(int device) {
-    check(cudaGetDevice(&before_), "cudaGetDevice");
+    check_call(cudaGetDevice(&before_), "cudaGetDevice");
     if (device == before_) return;
-    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    check_call(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
     changed_ = true;
 }
 
@@ -27,8 +19,8 @@ DeviceGuard::~DeviceGuard() {
 }
 
 void check_launch(const char* kernel, std::int64_t blocks, int threads) {
-    check(cudaGetLastError(), std::string(kernel) + ", " + std::to_string(blocks) + " blocks of " +
-                                  std::to_string(threads) + " threads");
+    check_call(cudaGetLastError(), std::string(kernel) + ", " + std::to_string(blocks) + " blocks of " +
+                                       std::to_string(threads) + " threads");
 }
 
 }  // namespace foveate

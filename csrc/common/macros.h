@@ -25,9 +25,25 @@
 #define FOVEATE_SIMD_OR(any) FOVEATE_PRAGMA(omp simd reduction(| : any))
 #endif
 
+// Before a loop that a GPU must not keep as one, because it indexes registers.
+#if defined(__CUDA_ARCH__)
+#define FOVEATE_UNROLL _Pragma("unroll")
+#else
+#define FOVEATE_UNROLL
+#endif
+
 // Asks for the cache line at an address, on a CPU.
 FOVEATE_FN void prefetch([[maybe_unused]] const void* address) {
 #if !defined(__CUDA_ARCH__)
     __builtin_prefetch(address);
+#endif
+}
+
+// The place of the lowest bit that is set, of one at least.
+FOVEATE_FN int lowest_bit(unsigned long long bits) {
+#if defined(__CUDA_ARCH__)
+    return __ffsll(static_cast<long long>(bits)) - 1;
+#else
+    return __builtin_ctzll(bits);
 #endif
 }

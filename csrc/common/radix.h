@@ -23,6 +23,20 @@ struct Larger {
     FOVEATE_FN std::uint64_t operator()(std::uint64_t a, std::uint64_t b) const { return a > b ? a : b; }
 };
 
+// The key of a score, then the complement of its id: larger is better, the lowest id of equals. Never 0 for a
+// score above -inf.
+FOVEATE_FN std::uint64_t packed(float score, std::int32_t i) {
+    return std::uint64_t{key_of(score)} << 32 | static_cast<std::uint32_t>(~i);
+}
+
+FOVEATE_FN std::int32_t id_in(std::uint64_t best) {
+    return ~static_cast<std::int32_t>(best);
+}
+
+FOVEATE_FN float score_in(std::uint64_t best) {
+    return value_of(static_cast<std::uint32_t>(best >> 32));
+}
+
 constexpr int kDigitBits = 11, kBins = 1 << kDigitBits;
 
 // The team's memory during a selection.

@@ -32,7 +32,8 @@ from typing import NamedTuple
 
 import torch
 
-from foveate.kernels.dispatch import KERNEL_DTYPES, choose, choose_among, for_family, require
+from foveate import _C
+from foveate.kernels.dispatch import KERNEL_DTYPES, choose, choose_among, for_family, is_named, require
 from foveate.kernels.layers import linear
 from foveate.kernels.sampling import masks, operators, reference
 from foveate.kernels.sampling.philox import request_seed, sample_seed
@@ -113,8 +114,10 @@ def sample_from_hidden(
 
     hidden: float [N, D]. lm_head: float [V, D]. bias: float [V] or None. The other arguments, the result and the
     errors are those of `sample`. backend: "triton" is one kernel that multiplies and draws and never writes logits,
-    where no row asks for top-k, top-p or min-p; its bits depend on the row alone. Everywhere else the logits are a
-    matrix product, whose rounding may depend on N, and go to `sample`.
+    where no row asks for top-k, top-p or min-p; its bits depend on the row alone. So is "cuda", where it is asked for
+    by its name, on a GPU of compute capability 9.0, for matrices of one 16-bit type with V a multiple of 16 and rows
+    that begin at multiples of 16 bytes. Everywhere else the logits are a matrix product, whose rounding may depend on
+    N, and go to `sample`.
     """
     for matrix, argument in ((hidden, "hidden"), (lm_head, "lm_head")):
         require(matrix.dim() == 2 and matrix.is_floating_point(), "a float matrix", _kind(matrix), argument)
@@ -122,13 +125,13 @@ def sample_from_hidden(
     if bias is not None:
         require(bias.shape == lm_head.shape[:1], f"float [{lm_head.shape[0]}]", _kind(bias), "bias")
     chosen = choose("sampling", backend, hidden.device, hidden.dtype)
-    if chosen == "triton":
+    if chosen == "triton" or (is_named("sampling", backend) and _fits_hopper(hidden, lm_head)):
         frame = torch.empty((), device=hidden.device).expand(len(hidden), len(lm_head))
         parameters = _parameters(frame, temperature, top_k, top_p, min_p, banned, allowed)
         if not parameters.filtered:
             seeds, steps = _noise(seeds, steps, frame)
             tempered = not isinstance(temperature, (int, float)) or temperature not in (0, 1)
-            return _fused(hidden, lm_head, bias, parameters, seeds, steps, tempered)
+            return _fused(hidden, lm_head, bias, parameters, seeds, steps, tempered, chosen)
     return sample(
         logits_of(hidden, lm_head, bias),
         temperature=temperature,
@@ -189,11 +192,21 @@ def _drawing(operation: str, backend: str | None, device: torch.device) -> str:
     return choose_among(("cuda", "cpp", "reference"), operation, "sampling", backend, device)
 
 
-def _fused(hidden, lm_head, bias, p: reference.Parameters, seeds, steps, tempered: bool) -> SampleOutput:
+def _fused(hidden, lm_head, bias, p: reference.Parameters, seeds, steps, tempered: bool, backend: str) -> SampleOutput:
     require(lm_head.dtype == hidden.dtype, f"{hidden.dtype} as hidden", _kind(lm_head), "lm_head")
-    hidden, lm_head = _rows(hidden), _rows(lm_head)
-    ids, values = operators.sample_from_hidden(hidden, lm_head, bias, p.temperature, seeds, steps, p.allowed, tempered)
+    given = (_rows(hidden), _rows(lm_head), bias, p.temperature, seeds, steps, p.allowed)
+    ids, values = operators.sample_from_hidden(*given, tempered, backend)
     return SampleOutput(ids, *values.unbind())
+
+
+def _fits_hopper(hidden: torch.Tensor, lm_head: torch.Tensor) -> bool:
+    """Whether the kernel of csrc/sample_from_hidden.cu takes these matrices where they are."""
+    if not hidden.is_cuda or "90a" not in _C.CUDA_ARCHS.split():
+        return False
+    is_half = hidden.dtype == lm_head.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
+    is_aligned = all(m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.data_ptr() % 16 == 0 for m in (hidden, lm_head))
+    is_chip = torch.cuda.get_device_capability(hidden.device) == (9, 0)
+    return is_half and is_aligned and is_chip and len(lm_head) % 16 == 0 and hidden.shape[1] > 0
 
 
 def _words(frame: torch.Tensor, banned: torch.Tensor | None, allowed: torch.Tensor | None) -> torch.Tensor | None:

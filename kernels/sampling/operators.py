@@ -1,4 +1,4 @@
-"""`torch.ops.foveate.sample` and `score_tokens` for the backends of foveate._C, `sample_from_hidden` in Triton."""
+"""`torch.ops.foveate.sample` and `score_tokens` for the backends of foveate._C, `sample_from_hidden` in Triton too."""
 
 from __future__ import annotations
 
@@ -31,15 +31,25 @@ def _fake_score(logits, token_ids, temperature, top_k, top_p, min_p, allowed, ba
     return logits.new_empty((3, len(logits)), dtype=torch.float32)
 
 
-def _sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowed, tempered: bool):
-    from foveate.kernels.sampling import triton_kernel
+def _sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowed, tempered: bool, backend: str):
+    given = (hidden, lm_head, bias, temperature, seeds, steps, allowed)
+    ids, values = _fake_sample_from_hidden(*given, tempered, backend)
+    if backend == "triton":
+        from foveate.kernels.sampling import triton_kernel
 
-    ids, values = _fake_sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowed, tempered)
-    triton_kernel.sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowed, ids, values, tempered)
+        triton_kernel.sample_from_hidden(*given, ids, values, tempered)
+        return ids, values
+    tiles = -(-len(lm_head) // _C.TILE_IDS)
+    num_fields = _C.TILE_FIELDS if allowed is None else _C.MASKED_TILE_FIELDS
+    partials = hidden.new_empty((num_fields, len(hidden), tiles), dtype=torch.float32)
+    best_ids = hidden.new_empty((len(hidden), tiles), dtype=torch.int32)
+    bias = None if bias is None else bias.float().contiguous()
+    given = (hidden, lm_head, bias, temperature, seeds, steps, allowed)
+    _C.sample_from_hidden(*given, partials, best_ids, ids, values, stream_of(hidden))
     return ids, values
 
 
-def _fake_sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowed, tempered: bool):
+def _fake_sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowed, tempered: bool, backend: str):
     return torch.empty_like(seeds), hidden.new_empty((3, len(hidden)), dtype=torch.float32)
 
 
@@ -50,10 +60,11 @@ sample = operator(
 )
 # -> float32 [3, N] of the tokens given.
 score = operator(f"score_tokens(Tensor logits, Tensor token_ids, {_PARAMETERS}) -> Tensor", _score, _fake_score)
-# hidden [N, D], lm_head [V, D]; tempered: False if all temperatures are 0 or 1.
+# hidden [N, D], lm_head [V, D]; tempered: False if all temperatures are 0 or 1. "cuda" is for Hopper, and "cpp" its
+# proof: what becomes of the logits is one source, the product of "cpp" is a plain loop.
 sample_from_hidden = operator(
     "sample_from_hidden(Tensor hidden, Tensor lm_head, Tensor? bias, Tensor temperature, Tensor seeds, Tensor steps,"
-    " Tensor? allowed, bool tempered) -> (Tensor, Tensor)",
+    " Tensor? allowed, bool tempered, str backend) -> (Tensor, Tensor)",
     _sample_from_hidden,
     _fake_sample_from_hidden,
 )

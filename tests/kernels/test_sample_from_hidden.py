@@ -17,17 +17,35 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, of NaN and inf in the interpreter
 ]
 TILE = 128  # ids of a program
+# "cuda" only takes what Hopper's kernel does: most of it has tests of its own, below.
+BACKENDS = ("triton",) if DEVICE.type == "cuda" else ("cpp", "triton")
 # Sums of about 1,000 terms in another order, and another exp: relative 2^-24 each, logs below 10.
 VALUES = {"rtol": 2e-6, "atol": 4e-6}
 
 
+each_kernel = pytest.mark.parametrize("backend", BACKENDS)
+
+
 def draw(hidden, lm_head, backend, **given) -> sampling.SampleOutput:
+    if backend == "cpp" and not given.keys() & {"top_k", "top_p", "min_p"}:
+        return draw_on_host(hidden, lm_head, **given)
     return sampling.sample_from_hidden(hidden, lm_head, backend=backend, **given)
 
 
+def draw_on_host(hidden, lm_head, *, temperature, seeds, steps, bias=None, banned=None, allowed=None):
+    """The kernel for Hopper, with a plain loop for its product."""
+    frame = torch.empty(()).expand(len(hidden), len(lm_head))
+    parameters = sampling._parameters(frame, temperature, None, None, None, banned, allowed)
+    return sampling._fused(hidden, lm_head, bias, parameters, seeds, steps, True, "cpp")
+
+
 def assert_same(hidden, lm_head, **given) -> sampling.SampleOutput:
-    """Tokens equal, values within the rounding of their sums; returns Triton's."""
-    ours, theirs = draw(hidden, lm_head, "triton", **given), draw(hidden, lm_head, "reference", **given)
+    """Tokens equal, values within the rounding of their sums, of every kernel; returns Triton's."""
+    theirs = draw(hidden, lm_head, "reference", **given)
+    return [assert_equal(draw(hidden, lm_head, backend, **given), theirs) for backend in BACKENDS][-1]
+
+
+def assert_equal(ours: sampling.SampleOutput, theirs: sampling.SampleOutput) -> sampling.SampleOutput:
     assert ours.token_ids.tolist() == theirs.token_ids.tolist()
     for got, want in zip(ours[1:], theirs[1:], strict=True):
         torch.testing.assert_close(got, want, equal_nan=True, **VALUES)
@@ -124,7 +142,8 @@ def test_nothing_allowed():
     assert out.logprobs[0].isnan()
 
 
-def test_a_tiny_loss_is_a_loss():
+@each_kernel
+def test_a_tiny_loss_is_a_loss(backend):
     """log_kept is 0 if and only if nothing of positive probability was removed; a small loss keeps its digits."""
     vocab = 200
     hidden, lm_head = torch.zeros(1, 4, device=DEVICE), torch.zeros(vocab, 4, device=DEVICE)
@@ -132,25 +151,25 @@ def test_a_tiny_loss_is_a_loss():
     banned[150] = True
     for lost, expected in ((-20.0, -math.exp(-20) / 199), (-200.0, None), (-math.inf, 0.0)):
         bias[150] = lost
-        (log_kept,) = draw(
-            hidden, lm_head, "triton", temperature=1.0, bias=bias, banned=banned, **noise(1)
-        ).log_kept.tolist()
+        given = {"temperature": 1.0, "bias": bias, "banned": banned, **noise(1)}
+        (log_kept,) = draw(hidden, lm_head, backend, **given).log_kept.tolist()
         if expected is None:
             assert -1e-37 < log_kept < 0
         else:
             assert log_kept == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_row_has_the_same_bits_alone_in_any_slot_and_batch():
+@each_kernel
+def test_a_row_has_the_same_bits_alone_in_any_slot_and_batch(backend):
     rows, vocab = 70, 300
     hidden, lm_head = exact(rows, 96, vocab)
-    if DEVICE.type == "cuda":  # the interpreter's product is numpy's, which rounds a row by its place
+    if DEVICE.type == "cuda" or backend == "cpp":  # the interpreter's product, numpy's, rounds a row by its place
         hidden, lm_head = torch.randn_like(hidden), torch.randn_like(lm_head)
     seeds, steps = torch.arange(rows, device=DEVICE), torch.arange(rows, device=DEVICE)
     order = torch.randperm(rows, device=DEVICE)
 
     def bits(index):
-        out = draw(hidden[index], lm_head, "triton", temperature=0.8, seeds=seeds[index], steps=steps[index])
+        out = draw(hidden[index], lm_head, backend, temperature=0.8, seeds=seeds[index], steps=steps[index])
         return [out.token_ids, *(value.view(torch.int32) for value in out[1:])]
 
     whole = bits(torch.arange(rows, device=DEVICE))
@@ -183,13 +202,14 @@ def test_tile_shapes_change_no_token(monkeypatch, masked):
             torch.testing.assert_close(got, want, **VALUES)
 
 
-def test_rows_with_a_stride_and_no_rows():
+@each_kernel
+def test_rows_with_a_stride_and_no_rows(backend):
     hidden, lm_head = exact(4, 16, 50)
     given = {"temperature": 1.0, **noise(4)}
     wide, tall = torch.cat([hidden, hidden], 1), torch.cat([lm_head, lm_head], 1)
-    got, want = draw(wide[:, :16], tall[:, :16], "triton", **given), draw(hidden, lm_head, "triton", **given)
+    got, want = draw(wide[:, :16], tall[:, :16], backend, **given), draw(hidden, lm_head, backend, **given)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    empty = draw(hidden[:0], lm_head, "triton", temperature=1.0, **noise(0))
+    empty = draw(hidden[:0], lm_head, backend, temperature=1.0, **noise(0))
     assert [tuple(value.shape) for value in empty] == [(0,)] * 4
 
 
@@ -199,11 +219,12 @@ def test_truncated_rows_are_drawn_from_logits():
     assert_same(hidden, lm_head, temperature=0.8, top_p=0.9, min_p=0.01, **noise(5))
 
 
-def test_the_operator():
+@each_kernel
+def test_the_operator(backend):
     hidden, lm_head = exact(3, 8, 40)
     rows = torch.arange(3, device=DEVICE)
     allowed = masks.pack(torch.ones(40, dtype=torch.bool, device=DEVICE))[None]
-    given = (hidden, lm_head, None, torch.ones(3, device=DEVICE), rows, rows, allowed, False)
+    given = (hidden, lm_head, None, torch.ones(3, device=DEVICE), rows, rows, allowed, False, backend)
     torch.library.opcheck(torch.ops.foveate.sample_from_hidden.default, given)
 
 

@@ -1,0 +1,99 @@
+// Where the numbers of sample_from_hidden.cu lie and who works on them, apart from the kernel so that it can
+// be tried without a GPU (tests/native/hopper_check.cpp).
+#pragma once
+
+#include <cstdint>
+
+#include "common/macros.h"
+#include "sample_from_hidden.h"
+
+namespace foveate {
+
+// A product multiplies kTileRows rows with the ids of a tile, kDepth dimensions (128 bytes) at a time.
+constexpr int kTileRows = 64, kDepth = 64, kSixteens = kTileIds / 16, kMaxCluster = 4;
+
+// What a tensor map is made of. strides: in elements, of all dimensions but the first, which is 1.
+template <int kRank>
+struct Boxes {
+    std::uint64_t sizes[kRank];
+    std::int64_t strides[kRank - 1];
+    std::uint32_t box[kRank];
+};
+
+inline Boxes<2> hidden_boxes(const HiddenArguments& a) {
+    return {{static_cast<std::uint64_t>(a.dim), static_cast<std::uint64_t>(a.rows)},
+            {a.hidden_stride},
+            {kDepth, kTileRows}};
+}
+
+// Id 16 j + 4 q + 2 f + e of a tile becomes its column 16 j + 8 f + 2 q + e: a thread of the matrix
+// instruction holds columns 2 q and 2 q + 1 of every eight, and so four neighbouring ids of sixteen. Each of
+// a cluster's thread blocks copies its part of the columns.
+inline Boxes<5> lm_head_boxes(const HiddenArguments& a, int cluster) {
+    return {{static_cast<std::uint64_t>(a.dim), 2, 4, 2, static_cast<std::uint64_t>(a.vocab / 16)},
+            {a.head_stride, 4 * a.head_stride, 2 * a.head_stride, 16 * a.head_stride},
+            {kDepth, 2, 4, 2, static_cast<std::uint32_t>(kSixteens / cluster)}};
+}
+
+// A matrix in shared memory as the matrix instructions take it (PTX ISA, "Matrix Descriptor Format"): rows of
+// 128 bytes, copied with 128-byte swizzling, in groups of eight that lie 1024 bytes apart and begin at
+// multiples of that.
+FOVEATE_FN std::uint64_t matrix_at(std::uint32_t address) {
+    constexpr std::uint64_t kSwizzle128 = 1ull << 62, kGroup = (1024ull >> 4) << 32, kUnused = 1ull << 16;
+    return kSwizzle128 | kGroup | kUnused | (address >> 4 & 0x3FFFu);
+}
+
+// The same matrix from its column 16 k on: 32 bytes, counted in sixteens.
+FOVEATE_FN std::uint64_t from_sixteen(std::uint64_t matrix, int k) {
+    return matrix + 2 * static_cast<std::uint64_t>(k);
+}
+
+// The row of a tile that a thread of a warpgroup holds in each half of its accumulators.
+FOVEATE_FN int row_in_tile(int thread, int half) {
+    return thread / 32 * 16 + thread % 32 / 4 + 8 * half;
+}
+
+// The accumulator of logit k of a lane (place_in_tile) in a half.
+FOVEATE_FN int accumulator_of(int k, int half) {
+    return k / 2 * 4 + 2 * half + k % 2;
+}
+
+// Thread blocks that share the tiles of the LM head. As few blocks of rows as possible are empty; of two such
+// sizes the larger reads the LM head less often.
+inline int cluster_of(std::int64_t row_blocks) {
+    return row_blocks == 1                                                  ? 1
+           : row_blocks % kMaxCluster == 1 || row_blocks % kMaxCluster == 2 ? 2
+                                                                            : kMaxCluster;
+}
+
+// Which rows and tiles a cluster works on, in this order.
+struct Work {
+    std::int32_t cluster;   // thread blocks
+    std::int32_t clusters;  // of the launch
+    std::int32_t groups;    // of rows: `cluster` blocks of kTileRows each
+    std::int32_t tiles;
+    std::int32_t steps;  // of kDepth dimensions
+
+    // f(group, tile, n) for the n-th piece of the cluster `index`.
+    template <class F>
+    FOVEATE_FN void each(int index, F f) const {
+        const int side_by_side = groups < clusters ? groups : clusters, stride = clusters / side_by_side;
+        int n = 0;
+        if (index / side_by_side >= stride) return;
+        for (int group = index % side_by_side; group < groups; group += side_by_side) {
+            for (int tile = index / side_by_side; tile < tiles; tile += stride) f(group, tile, n++);
+        }
+    }
+};
+
+// clusters: how many run at once.
+inline Work work_of(const HiddenArguments& a, int cluster, int clusters) {
+    const std::int64_t blocks = (a.rows + kTileRows - 1) / kTileRows,
+                       groups = (blocks + cluster - 1) / cluster;
+    const std::int64_t pieces = groups * a.tiles;
+    return {cluster, pieces < clusters ? static_cast<std::int32_t>(pieces) : clusters,
+            static_cast<std::int32_t>(groups), static_cast<std::int32_t>(a.tiles),
+            static_cast<std::int32_t>((a.dim + kDepth - 1) / kDepth)};
+}
+
+}  // namespace foveate

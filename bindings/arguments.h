@@ -39,6 +39,11 @@ struct Tensor {
     Device device;
 };
 
+template <class T>
+T* data_of(const Tensor& tensor) {
+    return static_cast<T*>(tensor.data);
+}
+
 enum class Layout {
     contiguous,
     rows,  // any strides, but the last dimension is contiguous

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "allowed.h"
 #include "arguments.h"
 #include "module.h"
 #include "run.h"
@@ -10,11 +11,6 @@ namespace py = pybind11;
 using namespace foveate;
 
 namespace {
-
-template <class T>
-T* data_of(const Tensor& tensor) {
-    return static_cast<T*>(tensor.data);
-}
 
 void check_rows(const Tensor& tensor, std::int64_t rows, const char* name) {
     if (tensor.shape[0] != rows)
@@ -42,15 +38,7 @@ void draw_rows(py::handle hidden_, py::handle lm_head_, py::handle bias_, py::ha
     a.temperature = data_of<float>(check.tensor(temperature_, "temperature", {"N"}, {DType::float32}));
     a.seeds = data_of<std::int64_t>(check.tensor(seeds_, "seeds", {"N"}, {DType::int64}));
     a.steps = data_of<std::int64_t>(check.tensor(steps_, "steps", {"N"}, {DType::int64}));
-    if (!allowed_.is_none()) {
-        const Tensor allowed = check.tensor(allowed_, "allowed", {"A", "words"}, {DType::int32});
-        const std::int64_t words = (a.vocab + 31) / 32;
-        if (allowed.shape[0] != 1) check_rows(allowed, a.rows, "allowed");
-        if (allowed.shape[1] != words)
-            throw bad_value(std::to_string(words) + " words", std::to_string(allowed.shape[1]), "allowed");
-        a.allowed = data_of<std::uint32_t>(allowed);
-        a.allowed_stride = allowed.shape[0] == 1 ? 0 : words;
-    }
+    take_allowed(&a, check, allowed_, a.rows, a.vocab);
     const Tensor best_ids = check.tensor(best_ids_, "best_ids", {"N", "tiles"}, {DType::int32});
     const Tensor partials = check.tensor(partials_, "partials", {"fields", "N", "tiles"}, {DType::float32});
     if (check.size("tiles") != a.tiles)

@@ -2,6 +2,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "allowed.h"
 #include "arguments.h"
 #include "module.h"
 #include "run.h"
@@ -10,11 +11,6 @@ namespace py = pybind11;
 using namespace foveate;
 
 namespace {
-
-template <class T>
-T* data_of(const Tensor& tensor) {
-    return static_cast<T*>(tensor.data);
-}
 
 // Ids on the CPU are looked at before the row of each is read there.
 void check_given(const SampleArguments& a) {
@@ -47,17 +43,7 @@ void sample_rows(py::handle logits_, py::handle temperature_, py::handle top_k_,
     arguments.steps = static_cast<std::int64_t*>(column(steps_, "steps", DType::int64));
     arguments.given = static_cast<std::int64_t*>(column(given_, "given", DType::int64));
     arguments.token_ids = static_cast<std::int64_t*>(column(token_ids_, "token_ids", DType::int64));
-    if (!allowed_.is_none()) {
-        const Tensor allowed = check.tensor(allowed_, "allowed", {"A", "words"}, {DType::int32});
-        const std::int64_t rows = allowed.shape[0], words = (logits.shape[1] + 31) / 32;
-        if ((rows != 1 && rows != logits.shape[0]) || allowed.shape[1] != words) {
-            throw bad_value("[1 or " + std::to_string(logits.shape[0]) + ", " + std::to_string(words) + "]",
-                            "[" + std::to_string(rows) + ", " + std::to_string(allowed.shape[1]) + "]",
-                            "allowed");
-        }
-        arguments.allowed = data_of<std::uint32_t>(allowed);
-        arguments.allowed_stride = rows == 1 ? 0 : words;
-    }
+    take_allowed(&arguments, check, allowed_, logits.shape[0], logits.shape[1]);
     if (given_.is_none() && (seeds_.is_none() || steps_.is_none() || token_ids_.is_none())) {
         throw bad_value("tensors", "None", "seeds, steps, token_ids");
     }

@@ -13,11 +13,6 @@ using namespace foveate;
 
 namespace {
 
-template <class T>
-T* data_of(const Tensor& tensor) {
-    return static_cast<T*>(tensor.data);
-}
-
 // offsets: int32 [ends], counts: int32 [S]; indices: int32 [K] and kept_offsets: int32 [ends], written.
 Spans spans_of(Arguments& check, py::handle offsets_, py::handle counts_, py::handle indices_,
                py::handle kept_offsets_) {

@@ -11,6 +11,9 @@ ATTENTION_CHUNK_KEYS: int
 ATTENTION_TILE_COLUMNS: int
 ATTENTION_MAX_HEAD_DIM: int
 MAX_PLANES: int  # of one copy_rows
+TILE_IDS: int  # of sample_from_hidden, and what it leaves of a row and tile, without and with `allowed`
+TILE_FIELDS: int
+MASKED_TILE_FIELDS: int
 
 # Tensors are torch's; a stream is the address of a cudaStream_t. Raise ValueError where a tensor does not fit.
 def rms_norm(x: Any, weight: Any, eps: float, out: Any, scale: Any, stream: int = 0) -> None: ...

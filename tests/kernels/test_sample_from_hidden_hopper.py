@@ -101,9 +101,9 @@ def test_what_the_kernel_does_not_take(backend):
     hidden, lm_head, given = torch.zeros(2, 8), torch.zeros(48, 8), {"temperature": 1.0, **noise(2)}
     with pytest.raises(ValueError, match=r"expected \[V, D=8\] float32.*got \[48, 8\] bfloat16.*\(lm_head\)"):
         run(backend, hidden, lm_head.bfloat16(), **given)
-    with pytest.raises(ValueError, match=r"expected 2 words, got 3 \(allowed\)"):
+    with pytest.raises(ValueError, match=r"expected \[1 or 2, 2\], got \[1, 3\] \(allowed\)"):
         run(backend, hidden, lm_head, allowed=torch.zeros(1, 3, dtype=torch.int32), **given)
-    with pytest.raises(ValueError, match=r"expected 2 rows, got 3 \(allowed\)"):
+    with pytest.raises(ValueError, match=r"expected \[1 or 2, 2\], got \[3, 2\] \(allowed\)"):
         run(backend, hidden, lm_head, allowed=torch.zeros(3, 2, dtype=torch.int32), **given)
     if backend == "cuda":
         with pytest.raises(ValueError, match=r"expected a multiple of 16 ids, got 47 \(lm_head\)"):

@@ -24,6 +24,7 @@ struct Parts {
 template <class T>
 struct AttendTile {
     static constexpr int lanes = 128, kBlockKeys = 64;
+    static constexpr int kResidentThreads = 640;  // Scratch leaves room for no more: 41 KB of 227 KB
     DecodeArguments a;
 
     struct Scratch {
@@ -62,17 +63,17 @@ struct AttendTile {
     // Keys [first, first + count) of the chunk.
     template <int W, class Block>
     FOVEATE_FN void attend_block(Block& block, int first, int count, int all, Scratch& s) const {
-        const T *keys = static_cast<const T*>(a.keys), *values = static_cast<const T*>(a.values);
-        const std::int64_t *offsets = s.offsets + first, head_dim = a.head_dim, next = all - first - count;
+        const std::int64_t head_dim = a.head_dim, next = all - first - count;
+        const PlacedRows<T> keys{static_cast<const T*>(a.keys), s.offsets + first, head_dim};
+        const PlacedRows<T> values{static_cast<const T*>(a.values), s.offsets + first, head_dim};
         const float* factors = s.factors;
         float* sums = s.sums;
         const auto fetch = [head_dim](const T* row) {
             for (std::int64_t d = 0; d < head_dim; d += 64 / sizeof(T)) prefetch(row + d);
         };
         block.template multiply<W>(
-            count, head_dim, [](std::int64_t, std::int64_t) { return 0.0f; },
-            [=](std::int64_t i, std::int64_t d) { return to_float(keys[offsets[i] + d]); }, s.queries,
-            s.scores, [=](std::int64_t i) { fetch(values + offsets[i]); });
+            count, head_dim, [](std::int64_t, std::int64_t) { return 0.0f; }, keys, s.queries, s.scores,
+            [=](std::int64_t i) { fetch(values.row(i)); });
         block.sync();
         block.template columns<W>([&](int column, auto width) {
             weigh<W, width>(count, s.scores + column, s.peaks + column, s.totals + column,
@@ -81,9 +82,9 @@ struct AttendTile {
         block.sync();
         block.template multiply<W>(
             head_dim, count, [=](std::int64_t d, std::int64_t j) { return sums[d * W + j] * factors[j]; },
-            [=](std::int64_t d, std::int64_t i) { return to_float(values[offsets[i] + d]); }, s.scores, sums,
+            Transposed<T>{values}, s.scores, sums,
             [=](std::int64_t d) {
-                if (d < next && d < kBlockKeys) fetch(keys + offsets[count + d]);
+                if (d < next && d < kBlockKeys) fetch(keys.row(count + d));
             });
     }
 

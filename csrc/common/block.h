@@ -17,8 +17,8 @@
 //   add(counter, value)               counter += value, from any lane
 //   multiply<W>(m, k, start, a, b, c, ahead)
 //                                     c[i W + j] = start(i, j) + a(i, 0) b[j] + a(i, 1) b[W + j] + ... for i < m,
-//                                     j < W: k fused multiply-adds in that order; ahead(i) fetches what is read
-//                                     later, while row i is computed
+//                                     j < W: k fused multiply-adds in that order; a is PlacedRows or Transposed, loaded
+//                                     16 bytes at a time; ahead(i) fetches what is read later, while row i is computed
 //   columns<W>(f)                     f(first, n) for runs of n neighbours among W, n an integral_constant
 //   scratch<S>()                      the team's own memory: an S, uninitialised
 //   once(f)                           f(), on one lane
@@ -62,6 +62,24 @@ struct Max {
 template <int K>
 struct Values {
     float at[K];
+};
+
+// A matrix whose rows lie somewhere: row i begins at base + offsets[i], and all offsets are multiples of
+// `step`.
+template <class T>
+struct PlacedRows {
+    const T* base;
+    const std::int64_t *offsets, step;
+
+    FOVEATE_FN const T* row(std::int64_t i) const { return base + offsets[i]; }
+    FOVEATE_FN float operator()(std::int64_t i, std::int64_t t) const { return to_float(row(i)[t]); }
+};
+
+template <class T>
+struct Transposed {
+    PlacedRows<T> of;
+
+    FOVEATE_FN float operator()(std::int64_t i, std::int64_t t) const { return of(t, i); }
 };
 
 template <int kLanes>

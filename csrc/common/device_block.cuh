@@ -101,11 +101,69 @@ class DeviceBlock {
         }
     }
 
-    template <int W, class Start, class A, class Ahead>
-    __device__ void multiply(std::int64_t m, std::int64_t k, Start start, A a, const float* b, float* c,
-                             Ahead) const {
-        const int end = static_cast<int>(m) * W, depth = static_cast<int>(k);
-        for (int at = lane_; at < end; at += kLanes) {
+    // A lane has some rows of one column; an element of b serves all of them.
+    template <int W, class Start, class T, class Ahead>
+    __device__ void multiply(std::int64_t m, std::int64_t k, Start start, PlacedRows<T> a, const float* b,
+                             float* c, Ahead) const {
+        static_assert(kLanes % W == 0, "a lane stays in its column");
+        constexpr int kVec = 16 / static_cast<int>(sizeof(T)), kRows = 4, kStride = kLanes / W;
+        const int last = static_cast<int>(m) - 1, depth = static_cast<int>(k), j = lane_ % W;
+        const int whole = aligned<kVec>(a) ? depth / kVec * kVec : 0;
+        for (int first = lane_ / W; first <= last; first += kRows * kStride) {
+            const T* rows[kRows];
+            float sums[kRows];
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                const int i = min(first + r * kStride, last);  // the last row again where there is none
+                rows[r] = a.row(i);
+                sums[r] = start(i, j);
+            }
+            for (int t = 0; t < whole; t += kVec) {
+                Vec<T, kVec> factors[kRows];
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) factors[r] = load<kVec>(rows[r] + t);
+#pragma unroll
+                for (int v = 0; v < kVec; ++v) {
+                    const float factor = b[(t + v) * W + j];
+#pragma unroll
+                    for (int r = 0; r < kRows; ++r)
+                        sums[r] = fmaf(to_float(factors[r].at[v]), factor, sums[r]);
+                }
+            }
+            for (int t = whole; t < depth; ++t) {
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) sums[r] = fmaf(to_float(rows[r][t]), b[t * W + j], sums[r]);
+            }
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+                if (first + r * kStride <= last) c[(first + r * kStride) * W + j] = sums[r];
+            }
+        }
+    }
+
+    // A lane has neighbours of one column, which lie side by side in a row of what is transposed.
+    template <int W, class Start, class T, class Ahead>
+    __device__ void multiply(std::int64_t m, std::int64_t k, Start start, Transposed<T> a, const float* b,
+                             float* c, Ahead) const {
+        constexpr int kVec = 16 / static_cast<int>(sizeof(T));
+        const int rows = static_cast<int>(m), depth = static_cast<int>(k);
+        const int runs = aligned<kVec>(a.of) ? rows / kVec : 0;
+        for (int at = lane_; at < runs * W; at += kLanes) {
+            const int i = at / W * kVec, j = at % W;
+            float sums[kVec];
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) sums[v] = start(i + v, j);
+#pragma unroll 4
+            for (int t = 0; t < depth; ++t) {
+                const Vec<T, kVec> factors = load<kVec>(a.of.row(t) + i);
+                const float factor = b[t * W + j];
+#pragma unroll
+                for (int v = 0; v < kVec; ++v) sums[v] = fmaf(to_float(factors.at[v]), factor, sums[v]);
+            }
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) c[(i + v) * W + j] = sums[v];
+        }
+        for (int at = runs * kVec * W + lane_; at < rows * W; at += kLanes) {
             const int i = at / W, j = at % W;
             float sum = start(i, j);
             for (int t = 0; t < depth; ++t) sum = fmaf(a(i, t), b[t * W + j], sum);
@@ -187,6 +245,11 @@ class DeviceBlock {
     template <int kVec, class T>
     __device__ static bool aligned(const T* row) {
         return reinterpret_cast<std::uintptr_t>(row) % alignof(Vec<T, kVec>) == 0;
+    }
+
+    template <int kVec, class T>
+    __device__ static bool aligned(const PlacedRows<T>& rows) {
+        return aligned<kVec>(rows.base) && rows.step % kVec == 0;
     }
 
     template <int kVec, class T>

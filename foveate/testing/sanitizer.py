@@ -26,15 +26,19 @@ def compiler() -> str:
 
 
 def build_sanitized(
-    sources: Sequence[Path], output: Path, defines: Sequence[str] = (), includes: Sequence[Path] = ()
+    sources: Sequence[Path],
+    output: Path,
+    defines: Sequence[str] = (),
+    includes: Sequence[Path] = (),
+    flags: Sequence[str] = (),
 ) -> Path:
     """Builds `output` from C++ sources and objects; an output "*.o" is an object of one source. Returns `output`.
 
-    defines: "NAME=value". includes: folders of headers. Raises RuntimeError with the compiler's words if it refuses.
+    defines: "NAME=value". includes: folders of headers. flags: more of the compiler's. Raises RuntimeError with the compiler's words if it refuses.
     """
     options = [f"-D{define}" for define in defines] + [f"-I{path}" for path in includes]
     options += ["-c"] if output.suffix == ".o" else []
-    command = [compiler(), *FLAGS, *SANITIZE, *options, *map(str, sources), "-o", str(output)]
+    command = [compiler(), *FLAGS, *SANITIZE, *flags, *options, *map(str, sources), "-o", str(output)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
         raise RuntimeError(f"expected {output.name} to compile, got:\n{result.stderr}")

@@ -52,6 +52,76 @@ struct EveryOperation {
     }
 };
 
+// Both forms of multiply, over rows in another order than that of memory.
+template <class T, int kLanes, int W>
+struct Products {
+    static constexpr int lanes = kLanes;
+    const T* x;                   // [m, stride], n of each row are used
+    const std::int64_t* offsets;  // [m]
+    const float* y;               // [max(m, n), W]
+    float *rows, *transposed;     // [m, W], [n, W]
+    std::int64_t m, n, stride;
+
+    FOVEATE_FN static float start(std::int64_t i, std::int64_t j) { return static_cast<float>(i - 3 * j); }
+
+    template <class Block>
+    FOVEATE_FN void operator()(Block& block, std::int64_t) const {
+        const PlacedRows<T> matrix{x, offsets, stride};
+        const auto first = [](std::int64_t i, std::int64_t j) { return start(i, j); };
+        const auto ahead = [](std::int64_t) {};
+        block.template multiply<W>(m, n, first, matrix, y, rows, ahead);
+        block.template multiply<W>(n, m, first, Transposed<T>{matrix}, y, transposed, ahead);
+    }
+};
+
+// Inputs and outputs of Products, with marks behind what may be written; x begins at its element `first`.
+template <class T, int W>
+struct Factors {
+    static constexpr std::int64_t kMargin = 3;
+    std::int64_t m, n, stride, first;
+    std::vector<T> x;
+    std::vector<std::int64_t> offsets;
+    std::vector<float> y, rows, transposed;
+
+    Factors(std::int64_t m, std::int64_t n, std::int64_t stride, std::int64_t first)
+        : m(m),
+          n(n),
+          stride(stride),
+          first(first),
+          x(static_cast<std::size_t>(first + m * stride)),
+          offsets(static_cast<std::size_t>(m)),
+          y(static_cast<std::size_t>((m > n ? m : n) * W)),
+          rows(static_cast<std::size_t>(m * W + kMargin), -77.0f),
+          transposed(static_cast<std::size_t>(n * W + kMargin), -77.0f) {
+        std::uint32_t state = 54321;
+        const auto next = [&state] {
+            state = state * 1664525u + 1013904223u;
+            return static_cast<float>(static_cast<std::int32_t>(state)) * 0x1p-29f;
+        };
+        for (T& value : x) value = from_float<T>(next());
+        for (float& value : y) value = next();
+        for (std::int64_t i = 0; i < m; ++i) offsets[static_cast<std::size_t>(i)] = (m - 1 - i) * stride;
+    }
+
+    template <int kLanes>
+    Products<T, kLanes, W> body() {
+        return {x.data() + first, offsets.data(), y.data(), rows.data(), transposed.data(), m, n, stride};
+    }
+};
+
+// check(m, n, stride, first) for sizes on both sides of an access of 16 bytes and of what a team computes at
+// once, with rows that are aligned to it and rows that are not.
+template <class Check>
+void for_products(Check check) {
+    for (const std::int64_t m : {0, 1, 2, 7, 8, 9, 31, 33, 64, 70}) {
+        for (const std::int64_t n : {0, 1, 3, 4, 8, 15, 16, 64, 65, 129}) {
+            for (const std::int64_t stride : {n, n + 1, (n + 7) / 8 * 8})
+                check(m, n, stride, std::int64_t{0});
+            check(m, n, (n + 7) / 8 * 8, std::int64_t{1});
+        }
+    }
+}
+
 // Inputs and outputs of EveryOperation, with marks around what may be written.
 template <class T>
 struct Sample {

@@ -1,11 +1,22 @@
 // The host's Block, the 16-bit formats and Philox against definitions written out here a second time.
 // Its argument plants a bug. 1: a body that writes past its row. 2: a reduction in another order. 3: a
-// conversion that truncates.
+// conversion that truncates. 4: a product of more rows than there are.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 
 #include "block_bodies.h"
+
+// The GPU's Block as this compiler sees it: one lane after another, which is enough for what needs no other.
+#define __device__
+using std::min;
+struct {
+    unsigned x;
+} threadIdx;
+void __syncthreads();
+void __syncwarp();
+#include "common/device_block.cuh"
 
 using namespace foveate;
 
@@ -142,6 +153,39 @@ void check_block(std::int64_t rows, std::int64_t n, std::int64_t offset) {
     }
 }
 
+template <class T, int kLanes, int W>
+void check_products(std::int64_t m, std::int64_t n, std::int64_t stride, std::int64_t start) {
+    Factors<T, W> factors(m, n, stride, start), on_lanes = factors;
+    auto body = factors.template body<kLanes>();
+    if (planted_bug == 4) ++body.m;
+    HostRun{1}(body, 1);
+    TeamMemory<kLanes> memory;
+    for (threadIdx.x = 0; threadIdx.x < kLanes; ++threadIdx.x) {
+        DeviceBlock<kLanes> block(memory, nullptr);
+        on_lanes.template body<kLanes>()(block, 0);
+    }
+    expect(factors.rows == on_lanes.rows && factors.transposed == on_lanes.transposed, "multiply on lanes");
+    const auto element = [&](std::int64_t i, std::int64_t t) {
+        return to_float(factors.x[static_cast<std::size_t>(start + (m - 1 - i) * stride + t)]);
+    };
+    const auto agrees = [&](const std::vector<float>& got, std::int64_t rows, std::int64_t depth,
+                            bool transposed) {
+        for (std::int64_t at = 0; at < rows * W; ++at) {
+            float sum = static_cast<float>(at / W - 3 * (at % W));
+            for (std::int64_t t = 0; t < depth; ++t) {
+                const float a = transposed ? element(t, at / W) : element(at / W, t);
+                sum = std::fmaf(a, factors.y[static_cast<std::size_t>(t * W + at % W)], sum);
+            }
+            expect(same(got[static_cast<std::size_t>(at)], sum), "multiply");
+        }
+        for (std::size_t at = static_cast<std::size_t>(rows * W); at < got.size(); ++at) {
+            expect(got[at] == -77.0f, "nothing written behind a product");
+        }
+    };
+    agrees(factors.rows, m, n, false);
+    agrees(factors.transposed, n, m, true);
+}
+
 void check_philox() {
     const std::uint32_t ones = 0xFFFFFFFFu;
     const PhiloxWords zero = philox4x32({{0, 0, 0, 0}}, 0),
@@ -174,6 +218,11 @@ int main(int count, char** arguments) {
         }
     }
     check_block<float, 32>(0, 5, 0);
+    for_products([](auto... sizes) {
+        check_products<float, 128, 16>(sizes...);
+        check_products<bf16, 128, 8>(sizes...);
+        check_products<f16, 32, 16>(sizes...);
+    });
     std::puts("blocks agree");
     return 0;
 }

@@ -69,6 +69,21 @@ void check_block(std::int64_t rows, std::int64_t n, std::int64_t offset) {
     expect(same_bytes(scanned.copy(), host.scanned), "scan");
 }
 
+template <class T, int kLanes, int W>
+void check_products(std::int64_t m, std::int64_t n, std::int64_t stride, std::int64_t first) {
+    Factors<T, W> host(m, n, stride, first);
+    const OnGpu<T> x(host.x);
+    const OnGpu<std::int64_t> offsets(host.offsets);
+    const OnGpu<float> y(host.y), rows(host.rows), transposed(host.transposed);
+    const Products<T, kLanes, W> body{
+        x.data() + first, offsets.data(), y.data(), rows.data(), transposed.data(), m, n, stride};
+    DeviceRun{"products", 0}(body, 1);
+    check(cudaDeviceSynchronize());
+    HostRun{1}(host.template body<kLanes>(), 1);
+    expect(same_bytes(rows.copy(), host.rows), "multiply");
+    expect(same_bytes(transposed.copy(), host.transposed), "multiply, transposed");
+}
+
 template <class T>
 struct Convert {
     static constexpr int lanes = 128;
@@ -123,6 +138,11 @@ int main() {
             check_block<f16, 128>(5, n, offset);
         }
     }
+    for_products([](auto... sizes) {
+        check_products<float, 128, 16>(sizes...);
+        check_products<bf16, 128, 8>(sizes...);
+        check_products<f16, 32, 16>(sizes...);
+    });
     std::puts("blocks agree");
     return 0;
 }

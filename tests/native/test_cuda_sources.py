@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from foveate.testing.cuda_compile import CHIPS, FLAGS, compile_source, cuda_sources, find_nvcc, main
+from foveate.testing.cuda_compile import CHIPS, CSRC, FLAGS, compile_source, cuda_sources, find_nvcc, main
 from foveate.testing.resources import Row, problems_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +56,14 @@ compiled = cache(compile_source)
 @pytest.mark.parametrize("source", cuda_sources(), ids=lambda path: path.name)
 def test_source_compiles_without_spills(source):
     assert not [problem for row in compiled(source) for problem in problems_of(row)]
+
+
+@needs_nvcc
+def test_attention_reads_keys_and_values_16_bytes_at_a_time():
+    rows = [row for row in compiled(CSRC / "paged_attention.cu") if "AttendTile" in row.kernel]
+    assert len(rows) == 3 * len(CHIPS)  # of three dtypes
+    # Both of two tile widths read both.
+    assert all(row.loads_16 >= 4 for row in rows)
 
 
 @needs_nvcc

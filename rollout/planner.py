@@ -6,7 +6,7 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class Planner:
         plans: list[StepPlan] = []
         for arrays in groups:
             first = None
-            for pages in arrays.pages:
+            for pages, lasting in zip(arrays.by_block, arrays.lasting, strict=True):
                 plan = StepPlan(
                     slots=next(rows),
                     visit_pages=pages,
@@ -98,6 +98,7 @@ class Planner:
                     visit_causal=arrays.causal,
                     page_size=self.page_size,
                     like=first,
+                    lasting=lasting,
                 )
                 plans.append(plan)
                 first = first or plan
@@ -105,9 +106,14 @@ class Planner:
 
 
 class _Arrays(NamedTuple):
-    """Of one layer group, the arrays of its `StepPlan`s. pages: int32 [blocks, pages of all visits]."""
+    """Of one layer group, the arrays of its `StepPlan`s.
+
+    pages: int32 [blocks, pages of all visits]; by_block: its rows, the same arrays in every step. lasting: by block.
+    """
 
     pages: np.ndarray
+    by_block: list[np.ndarray]
+    lasting: list[dict[Any, Any]]
     page_offsets: np.ndarray
     kv_len: np.ndarray
     rows: np.ndarray
@@ -156,7 +162,8 @@ class _Visits:
             pages = np.concatenate([np.empty((len(own), 0), np.int32), *tables], axis=1)
             kv_len = np.array([segment.stored(group) for segment in self.segments] + [0] * len(leaves), np.int32)[order]
             page_offsets = _offsets([table.shape[1] for table in tables])
-            found.append(_Arrays(pages, page_offsets, kv_len, *shared, causal))
+            lasting: list[dict[Any, Any]] = [{} for _ in own]
+            found.append(_Arrays(pages, list(pages), lasting, page_offsets, kv_len, *shared, causal))
         return found, np.argsort(order)
 
 
@@ -204,7 +211,8 @@ class _Running:
         more = np.zeros_like(arrays.page_offsets)
         more[visits + 1] = [pages.shape[1] for pages in added]
         offsets = arrays.page_offsets + more.cumsum(dtype=np.int32)
-        return arrays._replace(pages=np.concatenate([*parts, arrays.pages[:, start:]], axis=1), page_offsets=offsets)
+        pages = np.concatenate([*parts, arrays.pages[:, start:]], axis=1)
+        return arrays._replace(pages=pages, by_block=list(pages), page_offsets=offsets)
 
 
 def _reordered(items: np.ndarray, sizes: np.ndarray, order: np.ndarray) -> np.ndarray:

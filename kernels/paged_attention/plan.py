@@ -28,6 +28,8 @@ class StepPlan:
     of them sees the first kv_len - m + i + 1 tokens. Elsewhere every row sees all kv_len tokens.
     page_size: tokens a page. like: another plan of this step that differs in pages alone and runs before this one.
     prepared: what backends derive from the arrays once a step, each under names of its own; a copy begins without.
+    lasting: the same for plans of several steps that have arrays in common: what is derived from those very arrays and
+    from nothing else. None of them is changed once a plan has it.
     """
 
     slots: torch.Tensor
@@ -40,6 +42,7 @@ class StepPlan:
     visit_causal: np.ndarray
     page_size: int
     like: StepPlan | None = field(default=None, repr=False)
+    lasting: dict[Any, Any] = field(default_factory=dict, repr=False)
     prepared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property

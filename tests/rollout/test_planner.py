@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.kernels.paged_attention import StepPlan
+from foveate.kernels.paged_attention.tiles import KV_CHUNK, Tiles, tiles_of
 from foveate.rollout.layer_groups import LayerGroups
 from foveate.rollout.planner import Planner
 from foveate.rollout.processor import Prompt
@@ -236,6 +238,53 @@ def test_a_step_after_others(data):
             leaf.length += 1
         made += [(plan, contents(plan)) for plan in plans]
     assert all(contents(plan) == before for plan, before in made), "a plan that was handed out stays as it was"
+
+
+GROUP_SIZE = 7  # query heads of a KV head: three rows are more columns than a tile has
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_tiles_after_other_steps(data):
+    """What attention keeps from step to step, with chunks begun, pages taken and samples that start, end or are
+    aborted, is to the bit what it makes for a plan that was made anew."""
+    samples = Samples(data.draw(st.sampled_from([64, 100])))
+    planner = Planner(samples.page_size, CPU, BLOCKS)
+    prompt = samples.groups[1].path[-1]
+    samples.grow(prompt, 8)
+    # Of its tokens, the layers of the second group hold fewer than a chunk.
+    prompt.length, prompt.tail, prompt.held = KV_CHUNK + 3, SimpleNamespace(is_complete=True), (KV_CHUNK + 3, 40)
+    lengths = st.sampled_from([0, 1, 62, KV_CHUNK - 3, KV_CHUNK - 1, KV_CHUNK, 2 * KV_CHUNK - 2])
+    kept: list[tuple[Tiles, list]] = []
+    for _ in range(data.draw(st.integers(2, 8))):
+        change = data.draw(st.sampled_from(["none", "none", "none", "start", "end", "abort", "move"]))
+        if change == "start" or not samples.running:
+            group = data.draw(st.integers(0, 1))
+            for length in data.draw(st.lists(lengths, min_size=1, max_size=4)):
+                samples.start(group, length, data.draw(st.integers(0, len(samples.running))))
+        elif change == "end":
+            samples.running.pop(data.draw(st.integers(0, len(samples.running) - 1)))
+        elif change == "abort":
+            ended = samples.running[0].group
+            samples.running = [sequence for sequence in samples.running if sequence.group is not ended]
+        elif change == "move":
+            samples.running = data.draw(st.permutations(samples.running))
+        samples.step(0)
+        plans, fresh = planner.decode(samples.running), Planner(samples.page_size, CPU, BLOCKS).decode(samples.running)
+        made = [tiles_of(plan, GROUP_SIZE, 1 << 30, CPU) for plan in plans]
+        assert [*map(bits, made)] == [bits(tiles_of(plan, GROUP_SIZE, 1 << 30, CPU)) for plan in fresh]
+        kept += [(tiles, bits(tiles)) for tiles in made]
+        for sequence in samples.running:
+            sequence.leaf.length += 1
+    assert all(bits(tiles) == before for tiles, before in kept), "tiles of an earlier step stay as they were"
+
+
+def bits(tiles: Tiles) -> list:
+    """Every field; tensors with their types, which are all those of the kernels."""
+    values = [getattr(tiles, field.name) for field in dataclasses.fields(tiles)]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    assert all(value.dtype == torch.int32 and value.is_contiguous() for value in tensors)
+    return [value.tolist() if isinstance(value, torch.Tensor) else value for value in values]
 
 
 def all_blocks(segment: Segment) -> list[list[int]]:

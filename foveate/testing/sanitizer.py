@@ -34,7 +34,8 @@ def build_sanitized(
 ) -> Path:
     """Builds `output` from C++ sources and objects; an output "*.o" is an object of one source. Returns `output`.
 
-    defines: "NAME=value". includes: folders of headers. flags: more of the compiler's. Raises RuntimeError with the compiler's words if it refuses.
+    defines: "NAME=value". includes: folders of headers. flags: further ones. Raises RuntimeError with the compiler's
+    words if it refuses.
     """
     options = [f"-D{define}" for define in defines] + [f"-I{path}" for path in includes]
     options += ["-c"] if output.suffix == ".o" else []

@@ -83,10 +83,10 @@ def make_batch(
         errors = [group.error for group in groups if group.error]
         raise RuntimeError(f"expected rollouts to learn from, got none of {len(groups)} requests: {errors[:1]}")
     advantages = _advantages(everyone.items, parallel.gather(sizes).items, config, columns)
-    lengths = torch.tensor([sample.length for sample in everyone.items if sample.scorable])
+    lengths = torch.tensor([sample.length for sample in everyone.items if sample.scorable], device="cpu")
     aggregation = config.loss_options.resolve(config.kind).aggregation
     denominator = float(loss_denominator(lengths, aggregation, config.aggregation_length)) if len(lengths) else 1.0
-    taught = torch.tensor([sample.scorable for sample in scored], dtype=torch.bool)
+    taught = torch.tensor([sample.scorable for sample in scored], dtype=torch.bool, device="cpu")
     return Batch(samples, advantages[everyone.own], taught, denominator, kl)
 
 
@@ -102,8 +102,9 @@ def _penalised(
     samples: Sequence[Sample], scored: Sequence[_Scored], penalty: KLPenalty
 ) -> tuple[list[_Scored], torch.Tensor]:
     """What is left of the rewards, and the sum of each sample's KL, float64."""
-    totals = torch.tensor([sample.columns[0] for sample in scored], dtype=torch.float64)
-    ids = torch.arange(len(scored)).repeat_interleave(torch.tensor([sample.length for sample in scored]).long())
+    totals = torch.tensor([sample.columns[0] for sample in scored], dtype=torch.float64, device="cpu")
+    lengths = torch.tensor([sample.length for sample in scored], dtype=torch.int64, device="cpu")
+    ids = torch.arange(len(scored), device="cpu").repeat_interleave(lengths)
     values = penalty.of(samples).cpu()
     left = kl_in_reward(totals, values, ids, penalty.weight).tolist()
     penalised = [sample._replace(columns=(total,)) for sample, total in zip(scored, left, strict=True)]
@@ -114,16 +115,17 @@ def _advantages(
     samples: Sequence[_Scored], sizes: Sequence[int], config: GRPOConfig, columns: Mapping[str, float] | None
 ) -> torch.Tensor:
     kind = config.of_kind("advantage")
-    rewards = torch.tensor([sample.columns for sample in samples], dtype=torch.float64)
+    rewards = torch.tensor([sample.columns for sample in samples], dtype=torch.float64, device="cpu")
+    lengths = torch.tensor([sample.length for sample in samples], device="cpu")
     return group_advantage(
         rewards if columns is not None else rewards[:, 0],
-        torch.tensor([0, *sizes]).cumsum(0).int(),
+        torch.tensor([0, *sizes], device="cpu").cumsum(0).int(),
         kind=kind,
-        weights=None if columns is None else torch.tensor(list(columns.values()), dtype=torch.float64),
+        weights=None if columns is None else torch.tensor(list(columns.values()), dtype=torch.float64, device="cpu"),
         ddof=config.advantage_ddof,
         eps=config.advantage_eps,
-        scorable=torch.tensor([sample.scorable for sample in samples], dtype=torch.bool),
-        lengths=torch.tensor([sample.length for sample in samples]) if kind.startswith("reinforce++") else None,
+        scorable=torch.tensor([sample.scorable for sample in samples], dtype=torch.bool, device="cpu"),
+        lengths=lengths if kind.startswith("reinforce++") else None,
     )
 
 

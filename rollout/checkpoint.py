@@ -140,10 +140,14 @@ def _unwritten(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"optimizer/{key}/{name}": torch.as_tensor(value).contiguous()
+    found = {
+        f"optimizer/{key}/{name}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return {
+        name: value.contiguous() if isinstance(value, torch.Tensor) else torch.tensor(value, device="cpu")
+        for name, value in found.items()
     }
 
 

@@ -110,7 +110,8 @@ def split_images(
 
 def _as_tensor(value: Any, argument: str) -> torch.Tensor:
     try:
-        tensor = torch.as_tensor(value).detach().clone()
+        given = value if isinstance(value, torch.Tensor) else torch.as_tensor(value, device="cpu")
+        tensor = given.detach().clone()
         return tensor.cpu() if argument == "image_grid_thw" else tensor
     except Exception as error:  # torch raises several kinds for what it cannot read
         raise ValueError(f"expected a tensor, got {shown(value)} ({argument})") from error

@@ -79,7 +79,7 @@ class Learner:
                 loss, norm = self._step(total, f"step {step}, update {index + 1} of {config.num_updates}")
                 norms.append(norm)
         report = metrics.policy_metrics(parallel.gather([metrics.as_floats(add_metrics(seen))]).items)
-        gap = torch.cat([logprobs["gap"] for logprobs in fixed]) if fixed else torch.zeros(0)
+        gap = torch.cat([logprobs["gap"] for logprobs in fixed]) if fixed else torch.zeros(0, device="cpu")
         # A rank whose requests all failed has nothing to report, and takes part in the sums all the same.
         gaps = (float(gap.sum()), float(gap.max()), len(gap)) if fixed else (0.0, 0.0, 0)
         report |= metrics.difference_metrics(parallel.gather([gaps]).items)
@@ -139,8 +139,8 @@ class Learner:
         fixed: filled by the first update, whose own forward is the recomputed old policy: no forward is spent on it.
         """
         samples, head = batch.samples[part], self.spec.lm_head
-        lengths = torch.tensor([len(sample.rollout.token_ids) for sample in samples])
-        ids = torch.arange(len(samples)).repeat_interleave(lengths)
+        lengths = torch.tensor([len(sample.rollout.token_ids) for sample in samples], device="cpu")
+        ids = torch.arange(len(samples), device="cpu").repeat_interleave(lengths)
         first = not fixed
         with self._autocast():
             hidden, targets, temperatures = predict(self.spec, samples, self.packer)

@@ -82,7 +82,7 @@ def reward_metrics(tables: Sequence[RewardTable]) -> dict[str, float]:
         parts = [part for table in tables for part in table.parts.get(name, ())]
         values[f"reward/{name}"] = [part for part in parts if part is not None]
         unscorable[f"unscorable/{name}"] = float(len(parts) - len(values[f"reward/{name}"]))
-    scored = [torch.tensor(group, dtype=torch.float64) for group in totals if len(group) > 1]
+    scored = [torch.tensor(group, dtype=torch.float64, device="cpu") for group in totals if len(group) > 1]
     values["group/variance"] = [float(group.var()) for group in scored]
     values["group/zero_variance_share"] = [float(group.min() == group.max()) for group in scored]
     metrics = {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
@@ -114,7 +114,7 @@ def as_floats(sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 def policy_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Means over the tokens of all parts, from the sums that `linear_policy_loss` reports; a part may be empty."""
-    sums = add_metrics([{name: torch.tensor(x) for name, x in part.items()} for part in parts if part])
+    sums = add_metrics([{name: torch.tensor(x, device="cpu") for name, x in part.items()} for part in parts if part])
     if not sums or sums["tokens"] == 0:
         return {}
     means = mean_metrics(sums)

@@ -90,7 +90,7 @@ def group_of(group: Group, tokenizer: Any, version: int) -> RolloutGroup:
     """The finished group as its caller gets it. version: of the weights now."""
     pruning, vision = group.prompt.pruning, group.prompt.vision
     prompt = pruning.full if pruning else group.prompt
-    boundaries = torch.tensor((0, *prompt.boundaries), dtype=torch.int32)
+    boundaries = torch.tensor((0, *prompt.boundaries), dtype=torch.int32, device="cpu")
     return RolloutGroup(
         request=group.request,
         request_id=group.request_id,
@@ -130,10 +130,10 @@ def failed_group(request: Request, request_id: str, error: ValueError) -> Rollou
     return RolloutGroup(
         request=request,
         request_id=request_id,
-        prompt_ids=torch.empty(0, dtype=torch.int64),
-        prompt_positions=torch.empty((3, 0), dtype=torch.int32),
+        prompt_ids=torch.empty(0, dtype=torch.int64, device="cpu"),
+        prompt_positions=torch.empty((3, 0), dtype=torch.int32, device="cpu"),
         next_position=0,
-        segments=torch.empty(0, dtype=torch.int32),
+        segments=torch.empty(0, dtype=torch.int32, device="cpu"),
         rollouts=tuple(_empty_rollout() for _ in range(request.n)),
         error=error,
     )
@@ -145,10 +145,10 @@ def _rollout(sequence: Sequence, tokenizer: Any, version: int) -> Rollout:
     assert sequence.finish_reason is not None, sequence.group.request_id
     sequence.mark(version)
     return Rollout(
-        token_ids=torch.tensor(sequence.token_ids, dtype=torch.int64),
-        logprobs=torch.tensor(sequence.logprobs, dtype=torch.float32),
-        log_kept=torch.tensor(sequence.log_kept, dtype=torch.float32),
-        entropy=torch.tensor(sequence.entropy, dtype=torch.float32),
+        token_ids=torch.tensor(sequence.token_ids, dtype=torch.int64, device="cpu"),
+        logprobs=torch.tensor(sequence.logprobs, dtype=torch.float32, device="cpu"),
+        log_kept=torch.tensor(sequence.log_kept, dtype=torch.float32, device="cpu"),
+        entropy=torch.tensor(sequence.entropy, dtype=torch.float32, device="cpu"),
         finish_reason=sequence.finish_reason,
         stop_token_id=sequence.stop_token_id,
         weight_versions=tuple(sequence.versions),
@@ -157,8 +157,8 @@ def _rollout(sequence: Sequence, tokenizer: Any, version: int) -> Rollout:
 
 
 def _empty_rollout() -> Rollout:
-    empty = torch.empty(0, dtype=torch.float32)
-    return Rollout(torch.empty(0, dtype=torch.int64), empty, empty.clone(), empty.clone(), "error")
+    empty = torch.empty(0, dtype=torch.float32, device="cpu")
+    return Rollout(torch.empty(0, dtype=torch.int64, device="cpu"), empty, empty.clone(), empty.clone(), "error")
 
 
 def _text(sequence: Sequence, tokenizer: Any) -> str:

@@ -91,7 +91,7 @@ def fingerprint(model: nn.Module) -> tuple[float, ...]:
     if size() == 1:
         return ()
     sums = [(p.double().sum(), p.double().square().sum()) for p in model.parameters()]
-    return tuple(torch.tensor(sums, dtype=torch.float64).sum(0).tolist())
+    return tuple(torch.tensor(sums, dtype=torch.float64, device="cpu").sum(0).tolist())
 
 
 @contextmanager

@@ -112,8 +112,8 @@ def pad(
     vision: finds the image tokens of pruned groups.
     """
     shape = len(rows), max(map(row_inputs, rows))
-    input_ids, segments = torch.zeros(shape, dtype=torch.int64), torch.full(shape, PADDING)
-    positions = torch.zeros(3, *shape, dtype=torch.int64)
+    input_ids, segments = torch.zeros(shape, dtype=torch.int64, device="cpu"), torch.full(shape, PADDING, device="cpu")
+    positions = torch.zeros(3, *shape, dtype=torch.int64, device="cpu")
     of_group = {id(row[0].group): prompt_view(row[0].group, vision) for row in rows}
     views = tuple(of_group[id(row[0].group)] for row in rows)
     flat: tuple[list[torch.Tensor], ...] = ([], [], [], [])
@@ -121,14 +121,16 @@ def pad(
         group, start = row[0].group, len(view.rows)
         input_ids[index, :start], segments[index, :start] = group.prompt_ids[view.rows], 0
         positions[:, index, :start] = view.positions
-        last = torch.tensor([start - 1])  # of the prompt, which predicts the first token of each completion
+        # The prompt's last token predicts the first one of each completion.
+        last = torch.tensor([start - 1], device="cpu")
         for number, sample in enumerate(row, 1):
             tokens, count, end = sample.rollout.token_ids, len(sample.rollout.token_ids), start + sample.num_own_inputs
             input_ids[index, start:end], segments[index, start:end] = tokens[:-1], number
-            positions[:, index, start:end] = group.next_position + torch.arange(count - 1)
-            columns = torch.cat([last, torch.arange(start, end)])
-            temperature = torch.full((count,), group.request.sampling.temperature or 1.0)
-            for parts, part in zip(flat, (torch.full((count,), index), columns, tokens, temperature), strict=True):
+            positions[:, index, start:end] = group.next_position + torch.arange(count - 1, device="cpu")
+            columns = torch.cat([last, torch.arange(start, end, device="cpu")])
+            temperature = torch.full((count,), group.request.sampling.temperature or 1.0, device="cpu")
+            at_row = torch.full((count,), index, device="cpu")
+            for parts, part in zip(flat, (at_row, columns, tokens, temperature), strict=True):
                 parts.append(part)
             start = end
     at_rows, at_columns, targets, temperatures = (torch.cat(parts).to(device) for parts in flat)

@@ -158,7 +158,7 @@ class PromptProcessor:
 
     def _expand(self, text_ids: list[int], tokens: list[int]) -> torch.Tensor:
         """Repeats the k-th image placeholder tokens[k] times."""
-        ids = torch.tensor(text_ids, dtype=torch.int64)
+        ids = torch.tensor(text_ids, dtype=torch.int64, device="cpu")
         if self.vision is None:
             return ids
         is_image = ids.eq(self.vision.image_token_id)
@@ -167,7 +167,7 @@ class PromptProcessor:
                 f"expected one placeholder an image, got {int(is_image.sum())} for {len(tokens)} images (prompt)"
             )
         repeats = torch.ones_like(ids)
-        repeats[is_image] = torch.tensor(tokens, dtype=torch.int64)
+        repeats[is_image] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
         return ids.repeat_interleave(repeats)
 
     def _check_ids(self, ids: torch.Tensor) -> None:
@@ -203,7 +203,7 @@ class PromptProcessor:
 
     def _positions(self, ids: torch.Tensor, grids: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
         if self.vision is None or not grids:
-            return torch.arange(len(ids)).expand(3, -1), len(ids)
+            return torch.arange(len(ids), device="cpu").expand(3, -1), len(ids)
         return self.vision.positions(ids, torch.stack(grids))
 
     def _boundaries(self, request: Request, ids: torch.Tensor, spans: list[tuple[int, int]]) -> tuple[int, ...]:
@@ -230,7 +230,9 @@ class PromptProcessor:
             text = self._render([lift_images(prompt[:1])[0][0]], generation=False)
         except ValueError:  # templates may refuse a conversation without a user
             return 0
-        prefix = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        prefix = torch.tensor(
+            self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64, device="cpu"
+        )
         return len(prefix) if torch.equal(ids[: len(prefix)], prefix) else 0
 
 

@@ -176,8 +176,8 @@ def _encoder_site(pruning: Pruning) -> SiteKeep:
     return SiteKeep(
         kind="encoder",
         layer=0,
-        num_tokens=torch.tensor([image.num_tokens for image in images], dtype=torch.int32),
-        kept=torch.cat([torch.empty(0, dtype=torch.int32), *(each.indices for each in kept)]),
+        num_tokens=torch.tensor([image.num_tokens for image in images], dtype=torch.int32, device="cpu"),
+        kept=torch.cat([torch.empty(0, dtype=torch.int32, device="cpu"), *(each.indices for each in kept)]),
         kept_offsets=offsets_of([len(each.indices) for each in kept]),
         **_merge_fields(kept),
     )

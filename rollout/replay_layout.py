@@ -40,14 +40,14 @@ def lay_out(
     pairs: Sequence[tuple[RolloutGroup, PromptView]], ids: torch.Tensor, there: torch.Tensor, vision: VisionSpec
 ) -> Layout:
     """The layout of a batch. pairs: the group of each row. ids: int64 [R, L]. there: bool [R, L], False on padding."""
-    positions = torch.zeros(3, *ids.shape, dtype=torch.int64)
+    positions = torch.zeros(3, *ids.shape, dtype=torch.int64, device="cpu")
     entering, is_prompt = there.clone(), torch.zeros_like(there)
     ends = []  # of each prompt, its last token's column
     for row, (group, view) in enumerate(pairs):
         own = there[row].nonzero()[:, 0]
         prompt, completion = own[: len(group.prompt_ids)], own[len(group.prompt_ids) :]
         positions[:, row, prompt] = group.prompt_positions.long().cpu()
-        positions[:, row, completion] = group.next_position + torch.arange(len(completion))
+        positions[:, row, completion] = group.next_position + torch.arange(len(completion), device="cpu")
         entering[row, prompt] = False
         entering[row, prompt[view.rows]] = True
         is_prompt[row, prompt] = True

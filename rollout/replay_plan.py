@@ -32,7 +32,7 @@ class PromptView:
 
     def visible_keys(self, layer: int) -> torch.Tensor:
         """bool [P'], tokens that are keys in a decoder layer."""
-        seen = torch.ones(len(self.rows), dtype=torch.bool)
+        seen = torch.ones(len(self.rows), dtype=torch.bool, device="cpu")
         for first, tokens in self.seen_from:
             seen = tokens if first <= layer else seen
         return seen
@@ -69,7 +69,7 @@ def prompt_view(group: RolloutGroup, vision: VisionSpec | None) -> PromptView:
 
 
 def _view(group: RolloutGroup, plan: KeepPlan, vision: VisionSpec) -> PromptView:
-    grids = torch.empty(0, 3, dtype=torch.int64) if group.image_grid_thw is None else group.image_grid_thw
+    grids = torch.empty(0, 3, dtype=torch.int64, device="cpu") if group.image_grid_thw is None else group.image_grid_thw
     sizes = (grids.prod(-1) // vision.merge_size**2).tolist()
     places = (group.prompt_ids.cpu() == vision.image_token_id).nonzero()[:, 0]
     require(len(places) == sum(sizes), f"{sum(sizes)} image tokens", len(places), "group.prompt_ids")

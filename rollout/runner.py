@@ -170,7 +170,7 @@ class Runner:
         params = [sequence.group.request.sampling for sequence in sequences]
 
         def column(values, dtype=torch.float32) -> torch.Tensor:  # on the CPU, where checks wait for nothing
-            return torch.tensor(list(values), dtype=dtype)
+            return torch.tensor(list(values), dtype=dtype, device="cpu")
 
         arguments: dict[str, Any] = dict(
             temperature=column(p.temperature for p in params),

@@ -75,8 +75,8 @@ class Sequence:
         if count < 1:
             return None
         start = self.group.prompt.next_position
-        positions = torch.arange(start, start + count).expand(3, -1)
-        return Prompt(torch.tensor(self.token_ids[:-1]), positions, start + count, (), (count,))
+        positions = torch.arange(start, start + count, device="cpu").expand(3, -1)
+        return Prompt(torch.tensor(self.token_ids[:-1], device="cpu"), positions, start + count, (), (count,))
 
 
 @dataclass(eq=False)

@@ -167,13 +167,13 @@ class _Scorer:
     def _write_logprobs(self, rows: list[torch.Tensor]) -> None:
         if not self.completions:
             return
-        device = self.runner.device
-        token_ids = torch.cat([c.rollout.token_ids for c in self.completions]).to(device)
-        temperature = torch.tensor(
-            [c.job.group.request.sampling.temperature for c in self.completions], dtype=torch.float32, device=device
-        )
+        token_ids = torch.cat([c.rollout.token_ids for c in self.completions]).to(self.runner.device)
         counts = [len(completion.rollout.token_ids) for completion in self.completions]
-        temperature = temperature.repeat_interleave(torch.tensor(counts, device=device))
+        # On the CPU, where checks wait for nothing.
+        temperature = torch.tensor(
+            [c.job.group.request.sampling.temperature for c in self.completions], dtype=torch.float32, device="cpu"
+        )
+        temperature = temperature.repeat_interleave(torch.tensor(counts, device="cpu"))
         adjustments = _Adjustments(self.completions)
         hidden, logprobs = torch.cat(rows), []
         for start in range(0, len(hidden), LOGIT_ROWS):
@@ -230,7 +230,7 @@ def _prompt(group: RolloutGroup, processor: PromptProcessor) -> Prompt:
     require(positions.shape == (3, length), f"[3, {length}]", list(positions.shape), "group.prompt_positions")
     whole = sum(lengths) == length and min(lengths) > 0 if lengths else True
     require(whole, f"positive lengths that sum to {length}", lengths, "group.segments")
-    ends = torch.tensor(lengths or [length]).cumsum(0).tolist()
+    ends = torch.tensor(lengths or [length], device="cpu").cumsum(0).tolist()
     positions = positions.long().cpu()
     prompt = replace(prompt, positions=positions, next_position=group.next_position, boundaries=tuple(ends))
     return prompt if group.keep is None else replayed(prompt, group.keep)

@@ -125,7 +125,8 @@ def kept_features(features: torch.Tensor, kept: Kept) -> torch.Tensor:
     indices = kept.indices.to(features.device)
     if kept.merge is None:
         return features if len(indices) == len(features) else features[indices.long()]
-    offsets, own = (torch.tensor([0, count], dtype=torch.int32) for count in (len(features), len(indices)))
+    counts = len(features), len(indices)
+    offsets, own = (torch.tensor([0, count], dtype=torch.int32, device="cpu") for count in counts)
     merge = Merge(indices, own, kept.merge.offsets, kept.merge.source, kept.merge.weight)
     return merge_tokens(features.flatten(1), offsets, merge).unflatten(1, features.shape[1:])
 

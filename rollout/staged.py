@@ -171,7 +171,7 @@ class StagedPrefill:
         ends = [end - 1 for span, end in zip(spans, offsets[1:].tolist(), strict=True) if span.is_last_token]
         forced = torch.zeros(len(scores), dtype=torch.bool, device=device)
         forced[ends] = True  # whoever predicts the first token is not dropped, even if it is of an image
-        wanted = torch.tensor(counts, dtype=torch.int32)
+        wanted = torch.tensor(counts, dtype=torch.int32, device="cpu")
         return vision_prune.select_topk(
             scores, offsets, wanted, forced=forced if ends else None, num_kept=sum(counts), backend=backend
         )

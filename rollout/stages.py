@@ -94,7 +94,7 @@ class StagePlan:
         firsts = [self.rows_of[span.segment][1] + span.offset for span in self.spans]
         sizes = [span.size for span in self.spans]
         num_out = self.num_rows - sum(sizes) + sum(span.count for span in self.spans)
-        starts, lengths = torch.tensor(firsts, dtype=torch.int32), torch.tensor(sizes, dtype=torch.int32)
+        starts, lengths = (torch.tensor(part, dtype=torch.int32, device="cpu") for part in (firsts, sizes))
         selection = Selection(*(tensor.to(device) for tensor in selection))
         left = vision_prune.surviving_rows(selection, starts, lengths, self.num_rows, num_out)
         planes = [rows.hidden, rows.cos, rows.sin, *(() if rows.extra is None else (rows.extra,)), *(projected or ())]
@@ -165,4 +165,4 @@ def tail_in(segment: Segment) -> Tail:
 
 def offsets_of(sizes: list[int]) -> torch.Tensor:
     """int32 [S + 1]"""
-    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32)
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device="cpu")

@@ -137,7 +137,7 @@ def fingerprint(prompt: Prompt) -> bytes:
 
 def sites_of(groups: LayerGroups, images: Sequence[ImageInput], kept: list[list[np.ndarray]]) -> tuple[SiteKeep, ...]:
     """The plan of a prompt. kept: by stage and image, tokens in the image's own numbers."""
-    sizes = torch.tensor([image.num_tokens for image in images], dtype=torch.int32)
+    sizes = torch.tensor([image.num_tokens for image in images], dtype=torch.int32, device="cpu")
     sites = []
     for stage, parts in zip(groups.stages, kept, strict=True):
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int32)

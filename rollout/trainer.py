@@ -205,7 +205,7 @@ class Trainer:
 
     def _order(self, count: int, *of: object) -> list[int]:
         generator = torch.Generator().manual_seed(seed_of(self.config.seed, *of))
-        return torch.randperm(count, generator=generator).tolist()
+        return torch.randperm(count, generator=generator, device="cpu").tolist()
 
     def _log(self, total: int | None) -> metrics.MetricsLog:
         config = self.config

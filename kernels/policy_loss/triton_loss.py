@@ -140,7 +140,7 @@ def _targets() -> list[TritonTarget]:
     targets = []
     for name, kind, options, given in _SPECIALISATIONS:
         formula = PolicyLossOptions(**options).resolve(kind)
-        some = torch.empty(0)
+        some = torch.empty(0, device="cpu")
         old, rollout, ref = (some if x == "1" else None for x in given)
         tokens = Tokens(some, some, old, rollout, ref, some, some, some)
         targets.append(TritonTarget(f"loss_{name}", loss_kernel, token, _flags(tokens, formula)))

@@ -275,7 +275,7 @@ def _parameters(
     if any(values.is_cuda for values in (t, k, p, m)):
         t, k, p, m = (values.to(logits.device) for values in (t, k, p, m))
     # 1e-4 rounds to fp32 as the tensor does.
-    smallest = torch.tensor(MIN_TEMPERATURE, dtype=torch.float32).item()
+    smallest = torch.tensor(MIN_TEMPERATURE, dtype=torch.float32, device="cpu").item()
     ok = (t == 0) | ((t >= smallest) & (t < torch.inf))
     require(bool(ok.all()), f"temperature 0 or in [{MIN_TEMPERATURE}, inf)", t[~ok].tolist(), "temperature")
     require(bool((k >= 0).all()), "top_k >= 0", k[k < 0].tolist(), "top_k")
@@ -293,7 +293,7 @@ def _row_values(value: RowValue, logits: torch.Tensor, dtype: torch.dtype, argum
     if not isinstance(value, torch.Tensor):
         whole = dtype == torch.float32 or isinstance(value, int)
         require(whole, "an int or int [N]", value, argument)
-        return torch.full((num_rows,), value, dtype=dtype)
+        return torch.full((num_rows,), value, dtype=dtype, device="cpu")
     kind = "float" if dtype == torch.float32 else "int"
     fits = value.shape == (num_rows,) and value.is_floating_point() == (dtype == torch.float32)
     require(fits and value.dtype != torch.bool, f"{kind} [{num_rows}]", _kind(value), argument)

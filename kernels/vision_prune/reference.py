@@ -166,7 +166,7 @@ def merge_similar(features, offsets, indices, kept_offsets, counts) -> tuple[tor
     ends = [0, *accumulate(size + count for size, count in zip(_sizes(kept_offsets), wanted, strict=True))]
     return (
         (kept - starts[spans[kept]]).int(),
-        torch.tensor(ends, dtype=torch.int32).to(device, non_blocking=True),
+        torch.tensor(ends, dtype=torch.int32, device="cpu").to(device, non_blocking=True),
         torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int(),
         (entries - starts[spans[entries]]).int(),
         weights,
@@ -199,7 +199,7 @@ def positions(mask: torch.Tensor, count: int) -> torch.Tensor:
 
 def _on(device: torch.device, values: list[int], spans: torch.Tensor) -> torch.Tensor:
     """int64, the value of each element's span."""
-    return torch.tensor(values, dtype=torch.long).to(device, non_blocking=True)[spans]
+    return torch.tensor(values, dtype=torch.long, device="cpu").to(device, non_blocking=True)[spans]
 
 
 def _sizes(offsets: torch.Tensor) -> list[int]:

@@ -60,8 +60,8 @@ class SupervisedTrainer:
         """The scene as if the policy had drawn its target."""
         request = make_request(scene)
         prompt = self.prompts.prepare(request)
-        ids = torch.tensor([*self.tokenizer(scene.target)["input_ids"], self.tokenizer.eos_token_id])
-        zeros = torch.zeros(len(ids))
+        ids = torch.tensor([*self.tokenizer(scene.target)["input_ids"], self.tokenizer.eos_token_id], device="cpu")
+        zeros = torch.zeros(len(ids), device="cpu")
         rollout = Rollout(ids, zeros, zeros, zeros, "stop", text=scene.target)
         vision = prompt.vision
         assert vision is not None, scene
@@ -71,7 +71,7 @@ class SupervisedTrainer:
             prompt_ids=prompt.token_ids,
             prompt_positions=prompt.positions.to(torch.int32),
             next_position=prompt.next_position,
-            segments=torch.tensor([len(prompt.token_ids)], dtype=torch.int32),
+            segments=torch.tensor([len(prompt.token_ids)], dtype=torch.int32, device="cpu"),
             rollouts=(rollout,),
             image_grid_thw=vision.image_grid_thw,
             pixel_values=vision.pixel_values,

@@ -148,7 +148,8 @@ def _expect(condition: bool, what: str) -> None:
 
 def _test_layers(device: torch.device) -> str:
     x, weight = (
-        torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device) for size in ((5, 300), (300,))
+        torch.randn(size, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
+        for size in ((5, 300), (300,))
     )
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
     backends = dispatch.available("layers", device)
@@ -210,7 +211,7 @@ def _test_loss(device: torch.device) -> str:
     )
     out.loss.backward()
     assert hidden.grad is not None
-    error = (hidden.grad.cpu() - torch.tensor([[-0.5, 0.5]])).abs().max().item()
+    error = (hidden.grad.cpu() - torch.tensor([[-0.5, 0.5]], device="cpu")).abs().max().item()
     _expect(error < 1e-6, f"the gradient of two equal logits is off by {error:.1e}")
     return "advantages of a group, gradient of a loss"
 
@@ -223,7 +224,7 @@ def _test_engine(device: torch.device) -> str:
     from foveate.rollout.types import Request
 
     model: Any = tiny_model("llama").to(device)
-    prompt = torch.arange(1, 9)
+    prompt = torch.arange(1, 9, device="cpu")
     sampling_params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     engine = Engine(model, None, EngineConfig(kv_memory=1 << 22))
     (group,) = engine.generate([Request(prompt, n=2, sampling=sampling_params)], strict=True)

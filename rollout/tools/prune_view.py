@@ -144,8 +144,8 @@ def kept_patches(group: RolloutGroup, site: SiteKeep, index: int) -> torch.Tenso
     size = int(site.num_tokens[index])
     merge = round((frames * height * width / size) ** 0.5)
     start, stop = site.kept_offsets[index : index + 2].tolist()
-    marks = torch.zeros(size, dtype=torch.int64)
-    kinds = torch.ones(stop - start, dtype=torch.int64)
+    marks = torch.zeros(size, dtype=torch.int64, device="cpu")
+    kinds = torch.ones(stop - start, dtype=torch.int64, device="cpu")
     if site.merge_offsets is not None:
         kinds += (site.merge_offsets.diff()[start:stop] > 0).long()
     marks[site.kept[start:stop].long()] = kinds

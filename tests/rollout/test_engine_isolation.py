@@ -146,8 +146,11 @@ def test_another_default_device_changes_nothing(family, make_engine, chat, pictu
     expected = tokens(engine.generate(requests, strict=True))
     with torch.device("meta"):
         groups = engine.generate(requests, strict=True)
+        (failed,) = engine.generate([greedy([10**9])])
     assert tokens(groups) == expected
-    assert all(group.prompt_positions.device.type == "cpu" for group in groups)
+    assert failed.error is not None
+    assert all(group.prompt_positions.device.type == "cpu" for group in [*groups, failed])
+    assert failed.rollouts[0].token_ids.device.type == "cpu"
 
 
 class BrokenTokenizer:

@@ -14,6 +14,7 @@ import torch
 
 from foveate.rollout.config import require
 from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.pruning import PruneConfig
 from foveate.rollout.types import Request
 
 # Options of which the numbers of a step do not depend; those that move them by rounding are for a run short of memory.
@@ -33,6 +34,11 @@ def settings_of(config: GRPOConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(config).items() if name not in free}
 
 
+def pruning_of(config: PruneConfig | None) -> dict[str, Any] | None:
+    """A pruning configuration as JSON has it, its defaults spelt out."""
+    return None if config is None else {"method": config.method, "keep": config.keep, **config.options}
+
+
 def check_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ValueError for the first setting that is not as it was; before may have been through JSON."""
     now = json.loads(json.dumps(now))
@@ -50,7 +56,8 @@ def prompt_fingerprint(requests: Iterable[Request]) -> str:
     for request in requests:
         asked = [request.prompt, request.images, request.n, asdict(request.sampling), request.prefix_len]
         inputs = request.vision and [request.vision.pixel_values, request.vision.image_grid_thw]
-        content = [*asked, inputs, request.metadata]
+        pruned = pruning_of(request.prune) if isinstance(request.prune, PruneConfig) else request.prune
+        content = [*asked, inputs, request.metadata, pruned]
         digest.update(json.dumps(content, default=_plain, skipkeys=True).encode() + b"\n")
     return digest.hexdigest()
 

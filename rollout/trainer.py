@@ -134,7 +134,9 @@ class Trainer:
     @property
     def settings(self) -> dict[str, Any]:
         """What a resumed run must repeat, by name; all can be written as JSON."""
-        return {**resumption.settings_of(self.config), "ranks": parallel.size(), "ref_model": self._reference}
+        prune = resumption.pruning_of(self.engine.config.prune)
+        run = {"ranks": parallel.size(), "ref_model": self._reference, "prune": prune}
+        return {**resumption.settings_of(self.config), **run}
 
     def save_checkpoint(self, directory: str | Path, write_more: Callable[[Path], None] | None = None) -> None:
         """Writes model, optimiser, step, settings and the generators of every rank; complete or not at all.

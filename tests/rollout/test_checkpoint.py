@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from foveate.rollout import checkpoint, generators, resumption
+from foveate.rollout.config import PruneConfig
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.testing import tiny_model
 from foveate.rollout.types import Request
@@ -215,6 +216,7 @@ def test_prompt_fingerprints_tell_what_is_asked_and_compared():
         *(of(), of("b"), of([1, 2]), of(torch.tensor([1, 2, 3])), of(n=2), of(metadata={"answer": "1"})),
         *(of(images=images) for images in (black, red, *arrays, *files)),
         *(of(metadata={"facts": [["AB", value]]}) for value in "56"),
+        *(of(prune=prune) for prune in (None, PruneConfig("strided"), PruneConfig("strided", 0.25))),
         resumption.prompt_fingerprint([]),
     ]
     assert len(set(different)) == len(different)

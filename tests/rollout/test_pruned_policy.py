@@ -130,3 +130,19 @@ def test_options_that_make_no_sense_are_refused(options, message):
 def test_a_share_needs_an_engine_that_prunes_at_the_encoder():
     with pytest.raises(ValueError, match=r"an engine that prunes at the encoder.*\(pruned_share\)"):
         step_of(LAYER, pruned_share=0.5)
+
+
+def test_a_resume_with_other_pruning_is_refused(tmp_path):
+    """Else the rest of the run would be another policy's, and nothing would say so."""
+
+    def trainer(prune: PruneConfig | None) -> Trainer:
+        model = model_of("qwen2_5_vl")
+        return Trainer(model, Engine(model, config=EngineConfig(kv_memory=1 << 22, prune=prune)), reward)
+
+    trainer(ENCODER).save_checkpoint(tmp_path / "a")
+    trainer(PruneConfig("divprune", 0.3)).load_checkpoint(tmp_path / "a")
+    for other in (None, PruneConfig("divprune", 0.4), LAYER):
+        with pytest.raises(ValueError, match=r"prune = .*'divprune'.*, with which the run was begun, got .*\(prune\)"):
+            trainer(other).load_checkpoint(tmp_path / "a")
+    trainer(PruneConfig("pyramiddrop", layers=(1, 2))).save_checkpoint(tmp_path / "b")  # through JSON and back
+    trainer(PruneConfig("pyramiddrop", layers=(1, 2))).load_checkpoint(tmp_path / "b")

@@ -114,7 +114,7 @@ def plan_of(prompt: Prompt) -> KeepPlan | None:
         if any(image.content_hash not in pruning.kept for image in prompt.images):
             return None
         sites = (_encoder_site(pruning),)
-    elif not sites:
+    elif not sites and prompt.images:
         return None
     selected = [kept.version for kept in pruning.kept.values() if kept.version is not None]
     return KeepPlan(

@@ -151,8 +151,8 @@ class RolloutGroup:
     planes for text). next_position: position of the first completion token. image_grid_thw: int64 [images, 3].
     pixel_values: the patches the tower saw, None without images. segments: int32, lengths of the prompt's
     segments. All of them are those of the whole prompt, as a trainer's processor makes it, whatever was pruned. keep:
-    what pruning kept of it, None without pruning, after an error, and where an abort came before its images were
-    encoded. error: why this request failed, else None.
+    what pruning kept of it (all, of a prompt without images), None without pruning, after an error, and where an abort
+    came before everything was selected. error: why this request failed, else None.
     kept_versions: versions of the weights before updates over which its keys and values were kept.
     """
 

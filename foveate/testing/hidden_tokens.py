@@ -130,8 +130,11 @@ def check(model: Any, groups: Iterable[RolloutGroup], cut: Cut) -> None:
     """Kept sets and log-probs are the oracle's."""
     for group in groups:
         assert group.error is None
-        assert (group.keep is None) == (group.pixel_values is None)
-        if group.keep is not None:
+        assert group.keep is not None, group.request_id
+        assert torch.equal(group.keep.positions, group.prompt_positions)
+        if group.pixel_values is None:
+            assert group.keep.sites == (), "nothing to drop"
+        else:
             expected, margin = oracle_kept(model, group, cut)
             assert margin > MARGIN, "the inputs decide nothing"
             assert kept_of(group.keep) == expected

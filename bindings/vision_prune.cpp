@@ -1,8 +1,11 @@
 #include "vision_prune.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
+#include <vector>
 
 #include "arguments.h"
 #include "module.h"
@@ -43,11 +46,18 @@ void topk(py::handle scores_, py::handle offsets_, py::handle counts_, py::handl
     });
 }
 
-// longest: tokens of the longest span, or more. units, cosines, closest: float32, room of the sizes of
-// vision_prune.h; squares: int64 [ends].
+void check_room(const Tensor& tensor, std::int64_t elements, const char* name) {
+    if (tensor.shape[0] == elements) return;
+    throw bad_value("[" + std::to_string(elements) + "]", "[" + std::to_string(tensor.shape[0]) + "]", name);
+}
+
+// squares: int64 [ends], where the cosines of each span lie that is held. longest: tokens of the longest of
+// these, or more. long_spans: (span, tokens, most kept) of the others. units, cosines, closest, maxima:
+// float32, choices: int64, room of the sizes of vision_prune.h.
 void maxmin(py::handle features_, py::handle offsets_, py::handle counts_, std::int64_t longest,
-            py::handle units_, py::handle cosines_, py::handle squares_, py::handle closest_,
-            py::handle indices_, py::handle kept_offsets_, std::uintptr_t stream) {
+            const std::vector<std::array<std::int64_t, 3>>& long_spans, py::handle units_,
+            py::handle cosines_, py::handle squares_, py::handle closest_, py::handle maxima_,
+            py::handle choices_, py::handle indices_, py::handle kept_offsets_, std::uintptr_t stream) {
     Arguments check;
     const Tensor features = check.tensor(features_, "features", {"N", "D"}, kFloating);
     const Spans spans = spans_of(check, offsets_, counts_, indices_, kept_offsets_);
@@ -55,12 +65,22 @@ void maxmin(py::handle features_, py::handle offsets_, py::handle counts_, std::
     const Tensor cosines = check.tensor(cosines_, "cosines", {"C"}, {DType::float32});
     const Tensor squares = check.tensor(squares_, "squares", {"ends"}, {DType::int64});
     const Tensor closest = check.tensor(closest_, "closest", {"N"}, {DType::float32});
+    const Tensor maxima = check.tensor(maxima_, "maxima", {"M"}, {DType::float32});
+    const Tensor choices = check.tensor(choices_, "choices", {"B"}, {DType::int64});
     const std::int64_t total = check.size("N"), dim = check.size("D");
-    const std::int64_t elements = unit_elements(total, spans.count, dim);
-    if (units.shape[0] != elements) {
-        throw bad_value("[" + std::to_string(elements) + "]", "[" + std::to_string(units.shape[0]) + "]",
-                        "units");
+    std::vector<LongSpan> own;
+    std::int64_t most = 0;
+    for (const auto& [number, tokens, kept] : long_spans) {
+        if (number < 0 || number >= spans.count || tokens < 0 || tokens > total) {
+            throw bad_value("spans of at most " + std::to_string(total) + " tokens", std::to_string(number),
+                            "long_spans");
+        }
+        own.push_back({number, tokens, kept});
+        most = tokens > most ? tokens : most;
     }
+    check_room(units, unit_elements(total, spans.count, dim), "units");
+    check_room(maxima, maxima_elements(most), "maxima");
+    check_room(choices, choice_elements(most), "choices");
     MaxminArguments arguments{};
     arguments.dtype = features.dtype;
     arguments.spans = spans;
@@ -72,7 +92,9 @@ void maxmin(py::handle features_, py::handle offsets_, py::handle counts_, std::
     arguments.cosines = data_of<float>(cosines);
     arguments.squares = data_of<std::int64_t>(squares);
     arguments.closest = data_of<float>(closest);
-    run_on(check.device(), stream, [&](auto where) { select_maxmin(arguments, where); });
+    arguments.maxima = data_of<float>(maxima);
+    arguments.choices = data_of<std::uint64_t>(choices);
+    run_on(check.device(), stream, [&](auto where) { select_maxmin(arguments, own, where); });
 }
 
 Plane plane_of(Arguments& check, py::handle source_, py::handle target_, int number, bool scattered) {
@@ -126,9 +148,12 @@ void register_vision_prune(py::module_& m) {
     m.def("select_topk", &topk, py::arg("scores"), py::arg("offsets"), py::arg("counts"), py::arg("forced"),
           py::arg("indices"), py::arg("kept_offsets"), py::arg("stream") = 0);
     m.def("select_maxmin", &maxmin, py::arg("features"), py::arg("offsets"), py::arg("counts"),
-          py::arg("longest"), py::arg("units"), py::arg("cosines"), py::arg("squares"), py::arg("closest"),
-          py::arg("indices"), py::arg("kept_offsets"), py::arg("stream") = 0);
+          py::arg("longest"), py::arg("long_spans"), py::arg("units"), py::arg("cosines"), py::arg("squares"),
+          py::arg("closest"), py::arg("maxima"), py::arg("choices"), py::arg("indices"),
+          py::arg("kept_offsets"), py::arg("stream") = 0);
     m.def("maxmin_unit_elements", &unit_elements, py::arg("total"), py::arg("spans"), py::arg("dim"));
+    m.def("maxmin_maxima_elements", &maxima_elements, py::arg("tokens"));
+    m.def("maxmin_choice_elements", &choice_elements, py::arg("tokens"));
     m.def("copy_rows", &copy, py::arg("sources"), py::arg("targets"), py::arg("source_rows"),
           py::arg("target_rows"), py::arg("stream") = 0);
     m.attr("MAX_PLANES") = kMaxPlanes;

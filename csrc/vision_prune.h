@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "common/run.h"
 #include "common/scalar.h"
@@ -39,17 +40,29 @@ void select_topk(const TopkArguments& arguments, OnHost);
 void select_topk(const TopkArguments& arguments, OnDevice device);
 
 // The features, divided by their lengths, lie in `units` as panels of kPanel neighbouring tokens, [dim,
-// kPanel] each; a span begins with a panel of its own.
+// kPanel] each; a span begins with a panel of its own. The cosines of a span are held in `cosines`, or
+// computed when they are needed; the choice is the same.
 struct MaxminArguments {
     DType dtype;  // of features
     Spans spans;
     const void* features;  // [total, dim]
     std::int64_t total, dim;
-    std::int64_t longest;         // tokens of the longest span, or more
+    std::int64_t longest;         // tokens of the longest span whose cosines are held, or more
     float* units;                 // unit_elements(total, count, dim)
-    float* cosines;               // the spans' matrices [N, N], laid end to end
-    const std::int64_t* squares;  // [count + 1], where they begin
+    float* cosines;               // the matrices [N, N] that are held, laid end to end
+    const std::int64_t* squares;  // [count + 1], where each span's begins; nothing lies there of one not held
     float* closest;               // [total]
+    float* maxima;                // [tiles, N] of a span not held, see ClosestInTile
+    std::uint64_t* choices;       // [2, tiles], see ChoiceTile
+
+    FOVEATE_FN bool holds(std::int64_t span) const {
+        return squares[span + 1] - squares[span] == spans.size(span) * spans.size(span);
+    }
+};
+
+// A span whose cosines are not held. most_kept: tokens that are kept, or more; each takes a launch.
+struct LongSpan {
+    std::int64_t number, tokens, most_kept;
 };
 
 constexpr std::int64_t kPanel = 16;
@@ -59,8 +72,12 @@ constexpr std::int64_t unit_elements(std::int64_t total, std::int64_t count, std
     return (total + kPanel * (count + 1)) / kPanel * kPanel * dim;
 }
 
-void select_maxmin(const MaxminArguments& arguments, OnHost);
-void select_maxmin(const MaxminArguments& arguments, OnDevice device);
+// Elements of `maxima` and of `choices` for a span of so many tokens; the longest one's serve all.
+std::int64_t maxima_elements(std::int64_t tokens);
+std::int64_t choice_elements(std::int64_t tokens);
+
+void select_maxmin(const MaxminArguments& arguments, const std::vector<LongSpan>& spans, OnHost);
+void select_maxmin(const MaxminArguments& arguments, const std::vector<LongSpan>& spans, OnDevice device);
 
 // Rows of bytes to be copied: `outer` times T rows of row_bytes bytes, at strides in bytes.
 struct Plane {

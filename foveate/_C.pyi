@@ -96,15 +96,20 @@ def select_maxmin(
     offsets: Any,
     counts: Any,
     longest: int,
+    long_spans: Sequence[tuple[int, int, int]],
     units: Any,
     cosines: Any,
     squares: Any,
     closest: Any,
+    maxima: Any,
+    choices: Any,
     indices: Any,
     kept_offsets: Any,
     stream: int = 0,
 ) -> None: ...
 def maxmin_unit_elements(total: int, spans: int, dim: int) -> int: ...
+def maxmin_maxima_elements(tokens: int) -> int: ...
+def maxmin_choice_elements(tokens: int) -> int: ...
 def copy_rows(
     sources: Sequence[Any], targets: Sequence[Any], source_rows: Any, target_rows: Any | None, stream: int = 0
 ) -> None: ...

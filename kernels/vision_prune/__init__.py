@@ -12,6 +12,7 @@ a GPU waits for it unless they are on the CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,8 @@ __all__ = [
     "selected_rows",
     "surviving_rows",
 ]
+
+HELD_TOKENS = 8192  # of a span whose cosines `select_maxmin` holds: 256 MiB
 
 
 class Selection(NamedTuple):
@@ -231,8 +234,9 @@ def select_maxmin(
     whose feature has no finite length above 0 has the cosine 0 with all.
 
     features: float [sum N, D]. offsets, counts, num_kept: as of `select_topk`. The indices ascend; the order in which
-    tokens were chosen is not kept. Meanwhile the compiled backends hold all cosines, 4 N^2 bytes of each span; the
-    reference holds at most 16 MiB, or a row.
+    tokens were chosen is not kept. Meanwhile the compiled backends hold the cosines of spans of at most HELD_TOKENS
+    tokens, 4 N^2 bytes, and of longer ones N^2 / 16 bytes: a chosen token's cosines are then computed once more, at
+    the price of a launch for each. The reference holds at most 16 MiB, or a row. The tokens in float32 come on top.
 
     Deterministic: a cosine is a sum of products in float32, dimension after dimension, on every backend, so that all
     keep the same tokens. Raises ValueError as `select_topk`. Source: DivPrune (arXiv 2503.02175).
@@ -244,12 +248,16 @@ def select_maxmin(
     places, wanted = on(features.device, offsets, counts)
     if chosen == "reference":
         return Selection(*reference.select_maxmin(features, places, wanted, num_kept))
-    sizes = offsets.diff().long()
-    ends = torch.cat([sizes.new_zeros(1), (sizes * sizes).cumsum(0)])
-    longest, num_cosines = (int(sizes.max()), int(ends[-1])) if len(sizes) else (0, 0)
-    (squares,) = on(features.device, ends)
+    sizes = offsets.diff().tolist()
+    squares = [size * size if size <= HELD_TOKENS else 0 for size in sizes]
+    ends = torch.tensor([0, *accumulate(squares)], dtype=torch.int64, device="cpu")
+    longest = max((size for size in sizes if size <= HELD_TOKENS), default=0)
+    long_spans = [(span, size, min(size, num_kept)) for span, size in enumerate(sizes) if size > HELD_TOKENS]
+    (starts,) = on(features.device, ends)
     features = features.detach().contiguous()
-    kept = operators.select_maxmin(features, places, wanted, squares, longest, num_cosines, num_kept)
+    kept = operators.select_maxmin(
+        features, places, wanted, starts, longest, int(ends[-1]), [*chain(*long_spans)], num_kept
+    )
     return Selection(*kept)
 
 

@@ -23,18 +23,20 @@ def _fake_select(tokens, offsets, counts, forced, num_kept: int) -> Kept:
     return offsets.new_empty(num_kept), torch.empty_like(offsets)
 
 
-def _select_maxmin(features, offsets, counts, squares, longest: int, num_cosines: int, num_kept: int) -> Kept:
+def _select_maxmin(features, offsets, counts, squares, longest: int, num_cosines: int, long_spans, num_kept: int):
     indices, kept_offsets = _fake_select(features, offsets, counts, None, num_kept)
     total, dim = features.shape
-    sizes = (_C.maxmin_unit_elements(total, len(counts), dim), num_cosines, total)
-    units, cosines, closest = (features.new_empty(size, dtype=torch.float32) for size in sizes)
-    _C.select_maxmin(
-        features, offsets, counts, longest, units, cosines, squares, closest, indices, kept_offsets, stream_of(features)
-    )
+    triples = [tuple(long_spans[first : first + 3]) for first in range(0, len(long_spans), 3)]
+    most = max((tokens for _, tokens, _ in triples), default=0)
+    sizes = (_C.maxmin_unit_elements(total, len(counts), dim), num_cosines, total, _C.maxmin_maxima_elements(most))
+    units, cosines, closest, maxima = (features.new_empty(size, dtype=torch.float32) for size in sizes)
+    choices = features.new_empty(_C.maxmin_choice_elements(most), dtype=torch.int64)
+    memory = units, cosines, squares, closest, maxima, choices
+    _C.select_maxmin(features, offsets, counts, longest, triples, *memory, indices, kept_offsets, stream_of(features))
     return indices, kept_offsets
 
 
-def _fake_maxmin(features, offsets, counts, squares, longest: int, num_cosines: int, num_kept: int) -> Kept:
+def _fake_maxmin(features, offsets, counts, squares, longest: int, num_cosines: int, long_spans, num_kept: int) -> Kept:
     return _fake_select(features, offsets, counts, None, num_kept)
 
 
@@ -116,10 +118,12 @@ select_topk = operator(
     _select_topk,
     _fake_select,
 )
-# squares: int64 [S + 1], where the matrices of the spans begin; num_cosines: its last. Result as of select_topk.
+# squares: int64 [S + 1], where the matrices of cosines begin that are held; num_cosines: its last; longest: tokens of
+# the longest span that has one. long_spans: of each other span its number, its tokens, and how many it keeps at most.
+# Result as of select_topk.
 select_maxmin = operator(
     "select_maxmin(Tensor features, Tensor offsets, Tensor counts, Tensor squares, SymInt longest, SymInt num_cosines,"
-    " SymInt num_kept) -> (Tensor, Tensor)",
+    " SymInt[] long_spans, SymInt num_kept) -> (Tensor, Tensor)",
     _select_maxmin,
     _fake_maxmin,
 )

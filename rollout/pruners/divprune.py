@@ -24,7 +24,5 @@ class DivPrune:
     def select(self, images: Sequence[EncodedImage], counts: Sequence[int], backend: str | None = None) -> list[Kept]:
         offsets = offsets_of(len(image.features) for image in images)
         wanted = torch.tensor(list(counts), dtype=torch.int32, device="cpu")
-        chosen = select_maxmin(
-            torch.cat([image.features.float() for image in images]), offsets, wanted, backend=backend
-        )
+        chosen = select_maxmin(torch.cat([image.features for image in images]), offsets, wanted, backend=backend)
         return [Kept(indices) for indices in split_selection(*chosen)]

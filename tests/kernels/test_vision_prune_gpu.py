@@ -49,6 +49,18 @@ def test_selections_are_those_of_the_cpu(dtype):
         assert torch.equal(on_gpu.offsets.cpu(), on_cpu.offsets)
 
 
+def test_maxmin_holds_no_matrix_of_long_spans(monkeypatch):
+    """The same tokens, whether their cosines are held or not."""
+    offsets, counts = offsets_of(SIZES), torch.tensor([size // 3 for size in SIZES], dtype=torch.int32)
+    features = (1 + 0.01 * torch.randn(int(offsets[-1]), 200)).cuda()
+    held = vision_prune.select_maxmin(features, offsets, counts)
+    for limit in (1296, 0):
+        monkeypatch.setattr(vision_prune, "HELD_TOKENS", limit)
+        kept = vision_prune.select_maxmin(features, offsets, counts)
+        assert torch.equal(kept.indices, held.indices)
+        assert torch.equal(kept.offsets, held.offsets)
+
+
 def test_rows_are_copied():
     planes = [torch.randn(999, 136).bfloat16(), torch.randint(2**30, (3, 999), dtype=torch.int32), torch.arange(999)]
     rows = torch.arange(0, 999, 3, dtype=torch.int32)

@@ -10,7 +10,7 @@ import torch
 
 from foveate.kernels import vision_prune
 from foveate.kernels.dispatch import available
-from foveate.kernels.vision_prune import Selection, reference
+from foveate.kernels.vision_prune import Selection, operators, reference
 
 BACKENDS = [name for name in available("vision_prune", torch.device("cpu")) if name != "triton"]
 COMPILED = [name for name in BACKENDS if name != "reference"]
@@ -168,6 +168,12 @@ def test_maxmin_with_equal_and_degenerate_features(backend):
     assert kept in ([0, 2, 3, 4, 5], [1, 2, 3, 4, 5])
 
 
+def tough_features(trial: int, total: int, dim: int, generator: torch.Generator) -> torch.Tensor:
+    """Few different values, features that are nearly the same, or any."""
+    features = torch.randn(total, dim, generator=generator)
+    return (features * 2).round() if trial == 0 else 1 + features * 1e-4 if trial == 1 else features
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 def test_maxmin_keeps_what_the_reference_keeps(backend):
     """Among near ties, too: features that are nearly the same, and few different values."""
@@ -175,8 +181,7 @@ def test_maxmin_keeps_what_the_reference_keeps(backend):
     for trial in range(30):
         sizes = torch.randint(0, 90, (int(torch.randint(0, 5, (), generator=generator)),), generator=generator).tolist()
         dim = int(torch.randint(1, 260, (), generator=generator))
-        features = torch.randn(sum(sizes), dim, generator=generator)
-        features = (features * 2).round() if trial % 3 == 0 else 1 + features * 1e-4 if trial % 3 == 1 else features
+        features = tough_features(trial % 3, sum(sizes), dim, generator)
         counts = ints(*(int(size * 0.4) for size in sizes))
         ours, theirs = (
             vision_prune.select_maxmin(features, offsets_of(sizes), counts, backend=name)
@@ -198,6 +203,47 @@ def test_maxmin_with_little_memory_keeps_the_same(room, monkeypatch):
     kept = vision_prune.select_maxmin(*arguments, backend="reference")
     assert torch.equal(kept.indices, whole.indices)
     assert max(alive) <= max(room, 41)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("held", [0, 1, 64, 200])
+def test_maxmin_of_spans_whose_cosines_are_not_held(backend, held, monkeypatch):
+    """Long ones beside short ones, about the sizes of tiles, kept to none, one, some and all; the same tokens."""
+    sizes = (65, 0, 1, 200, 64, 333, 2, 129, 15, 128, 201)
+    asked = []
+    operator = operators.select_maxmin
+    monkeypatch.setattr(operators, "select_maxmin", lambda *a: asked.append(a[5:7]) or operator(*a))
+    generator = torch.Generator().manual_seed(held)
+    for trial, dim in enumerate((5, 127, 33)):
+        features, offsets = tough_features(trial, sum(sizes), dim, generator), offsets_of(sizes)
+        for counts in (
+            (30, 2, 1, 100, 64, 40, 1, 129, 0, 1, 2),
+            (1,) * 11,
+            (0,) * 11,
+            (0, 0, 0, 0, 0, 333, 2, 0, 0, 0, 0),
+        ):
+            monkeypatch.setattr(vision_prune, "HELD_TOKENS", 8192)
+            whole = vision_prune.select_maxmin(features, offsets, ints(*counts), backend=backend)
+            monkeypatch.setattr(vision_prune, "HELD_TOKENS", held)
+            kept = vision_prune.select_maxmin(features, offsets, ints(*counts), backend=backend)
+            assert torch.equal(kept.indices, whole.indices)
+            assert torch.equal(kept.offsets, whole.offsets)
+            truth = vision_prune.select_maxmin(features, offsets, ints(*counts), backend="reference")
+            assert torch.equal(kept.indices, truth.indices)
+            assert asked[-2] == (sum(size * size for size in sizes), [])
+            assert asked[-1][0] == sum(size * size for size in sizes if size <= held)
+            assert asked[-1][1][1::3] == [size for size in sizes if size > held]
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_a_wrong_sum_of_counts_of_spans_whose_cosines_are_not_held(backend, monkeypatch):
+    monkeypatch.setattr(vision_prune, "kept_total", lambda offsets, counts, num_kept: num_kept)
+    monkeypatch.setattr(vision_prune, "HELD_TOKENS", 4)
+    features, offsets = torch.eye(9), offsets_of((4, 5))
+    more = vision_prune.select_maxmin(features, offsets, ints(2, 2), num_kept=6, backend=backend)
+    assert more.indices.tolist() == [0, 1, 0, 1, -1, -1]
+    fewer = vision_prune.select_maxmin(features, offsets, ints(2, 2), num_kept=3, backend=backend)
+    assert fewer.indices.tolist() == [0, 1, 0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -326,5 +372,6 @@ def test_what_does_not_fit_is_named():
 def test_operators_are_registered():
     scores, offsets, counts = torch.randn(5), offsets_of((2, 3)), ints(1, 2)
     torch.library.opcheck(torch.ops.foveate.select_topk.default, (scores, offsets, counts, scores > 0, 3))
-    features, squares = torch.randn(5, 4), torch.tensor([0, 4, 13])
-    torch.library.opcheck(torch.ops.foveate.select_maxmin.default, (features, offsets, counts, squares, 3, 13, 3))
+    features, maxmin = torch.randn(5, 4), torch.ops.foveate.select_maxmin.default
+    torch.library.opcheck(maxmin, (features, offsets, counts, torch.tensor([0, 4, 13]), 3, 13, [], 3))
+    torch.library.opcheck(maxmin, (features, offsets, counts, torch.tensor([0, 4, 4]), 2, 4, [1, 3, 2], 3))

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from foveate.rollout import models
+from foveate.rollout.config import SamplingParams
 from foveate.rollout.policy import policy_logprobs
 from foveate.rollout.prefix_groups import Sample
 from foveate.rollout.replay import replay
 from foveate.rollout.testing import special_id, tiny_model
-from foveate.rollout.types import KeepPlan, Request, Rollout, RolloutGroup, SiteKeep
+from foveate.rollout.types import KeepPlan, Request, Rollout, RolloutGroup, SiteKeep, VisionInputs
 
 GRIDS: list[list[list[int]]] = [[[1, 4, 6], [1, 8, 4]], [[1, 6, 6]], [], [[1, 2, 2], [1, 4, 4]]]
 NUM_LAYERS = 4
@@ -118,6 +119,15 @@ def hand_made(
         pixel_values=patches if grids else None,
         keep=KeepPlan("", "hand", made, positions[:, entering].int(), follows, 0, 0) if made else None,
     )
+
+
+def images_request(grids: list[list[int]], seed: int = 0, **sampling: Any) -> Request:
+    """A request of random patches, of any size, which an image processor would not make. grids: of its images."""
+    generator = torch.Generator().manual_seed(seed)
+    grid = torch.tensor(grids)
+    patches = torch.randn(int(grid.prod(-1).sum()), 3 * 2 * 14 * 14, generator=generator)
+    params = SamplingParams(**{"max_tokens": 6, "seed": seed, "ignore_eos": True, **sampling})
+    return Request(torch.tensor(_prompt(grids, [72, 105])), vision=VisionInputs(patches, grid), sampling=params)
 
 
 def mixed_groups(model: nn.Module, dtype: torch.dtype = torch.float32) -> list[RolloutGroup]:

@@ -14,6 +14,7 @@ from foveate.rollout.pruning import ENCODER_METHODS
 from foveate.rollout.testing import VISION_FAMILIES, tiny_model
 from foveate.rollout.types import KeepPlan, Request, Rollout, RolloutGroup, VisionInputs
 from foveate.rollout.vision import VisionEncoder
+from foveate.testing.pruned_groups import images_request
 
 TOLERANCE = 1e-5
 FIELDS = ("token_ids", "logprobs", "log_kept", "entropy")
@@ -120,7 +121,7 @@ def kept_of(group: RolloutGroup) -> list[list[int]]:
 
 @pytest.fixture
 def requests(chat, picture) -> Callable[..., list[Request]]:
-    """(n, **sampling): images wide, tall, square and of one token, one twice in a prompt, and a prompt without."""
+    """(n, **sampling): images wide, tall, square and of four tokens, one twice in a prompt, and a prompt without."""
 
     def make(n: int = 2, **sampling) -> list[Request]:
         wide, tall, square, tiny = picture(56, 168), picture(168, 56), picture(112, 112), picture(56, 56)
@@ -146,6 +147,19 @@ def test_logprobs_are_those_of_the_pruned_prompt(family, method, make_engine, re
         for group, scores in zip(groups, engine.score(groups), strict=True):
             for rollout, score in zip(group.rollouts, scores, strict=True):
                 torch.testing.assert_close(score, rollout.logprobs, atol=TOLERANCE, rtol=0)
+
+
+@most_methods
+@pytest.mark.parametrize(("keep", "kept"), [(0.01, 1), (0.99, 9)])
+def test_images_of_one_token(keep, kept, method, make_engine):
+    """They stay whatever is asked for, beside others of which one token stays, or all; in chunks that cut them."""
+    model = tiny_model("qwen2_5_vl", seed=1).requires_grad_(False)
+    request = images_request([[1, 2, 2], [1, 6, 6], [1, 2, 2]])
+    engine = make_engine(model, prune=PruneConfig(method, keep), max_batch_tokens=3)
+    groups = engine.generate([request, images_request([[1, 2, 2]])], strict=True)
+    assert [len(own) for own in kept_of(groups[0])] == [1, kept, 1]
+    assert kept_of(groups[1]) == [[0]]
+    assert worst(model, groups) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", VISION_FAMILIES)

@@ -15,6 +15,7 @@ from foveate.rollout.engine import Engine
 from foveate.rollout.testing import tiny_model
 from foveate.rollout.types import Request, RolloutGroup
 from foveate.testing.hidden_tokens import MARGIN, TOLERANCE, check, eager, image_places, kept_of, oracle_kept, worst
+from foveate.testing.pruned_groups import images_request
 
 FASTV, PYRAMID = PruneConfig("fastv", 0.4), PruneConfig("pyramiddrop", 0.6)
 METHODS = {
@@ -29,7 +30,7 @@ methods = pytest.mark.parametrize("method", METHODS)
 
 @pytest.fixture
 def requests(chat, picture) -> Callable[..., list[Request]]:
-    """(n, **sampling): images wide, tall, square and of one token, one twice, and a prompt without."""
+    """(n, **sampling): images wide, tall, square and of four tokens, one twice, and a prompt without."""
 
     def make(n: int = 2, **sampling) -> list[Request]:
         values = {"max_tokens": 6, "ignore_eos": True, "n": n, **sampling}
@@ -61,6 +62,20 @@ def test_kept_tokens_and_logprobs_are_the_oracles(method, family, model_of, requ
     config, cut = METHODS[method]
     model = model_of(family)
     check(model, make_engine(model, prune=config).generate(requests(), strict=True), cut)
+
+
+@pytest.mark.parametrize("budget", [3, 8192])
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+def test_images_of_one_token(method, budget, model_of, make_engine):
+    """They stay whatever is asked for, beside one of which a single token stays; in chunks that cut them."""
+    model, share = model_of(), 0.05
+    config, cut = METHODS[method]
+    engine = make_engine(model, prune=dataclasses.replace(config, keep=share), max_batch_tokens=budget)
+    requests = [images_request([[1, 2, 2], [1, 6, 6], [1, 2, 2]]), images_request([[1, 2, 2]])]
+    groups = engine.generate(requests, strict=True)
+    for group, counts in zip(groups, ([1, 1, 1], [1]), strict=True):
+        assert [list(map(len, kept)) for kept in kept_of(group.keep)] == [counts] * len(cut)
+    check(model, groups, [(layer, share, scored) for layer, _, scored in cut])
 
 
 @pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])

@@ -7,7 +7,9 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import DynamicCache
+from transformers.integrations import flex_attention as theirs
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foveate.rollout.prefix_groups import Sample
@@ -89,6 +91,21 @@ def test_flash_attention_replays_both_sites(family, user, monkeypatch):
         expected = USERS[user](model, samples)
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", varlen)
         model.config.text_config._attn_implementation = "flash_attention_2"
+        got = USERS[user](model, samples)
+    assert (got - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("user", ["shared rows", *(pytest.param(u, marks=pytest.mark.slow) for u in ("rows", "right"))])
+def test_flex_attention_replays_both_sites(user, monkeypatch):
+    """Where the CPU can: in a forward that is not compiled, without gradients."""
+    monkeypatch.setattr(
+        theirs, "compile_friendly_flex_attention", lambda *a, training=False, **k: flex_attention(*a, **k)
+    )
+    model = model_of("qwen2_5_vl")
+    samples = samples_of(mixed_groups(model))
+    with torch.no_grad():
+        expected = USERS[user](model, samples)
+        model.config.text_config._attn_implementation = "flex_attention"
         got = USERS[user](model, samples)
     assert (got - expected).abs().max() < TOLERANCE
 

@@ -42,6 +42,12 @@ def _promised(name: str) -> Callable[..., NoReturn]:
     return method
 
 
+def _listed(requests: Iterable[Request]) -> list[Request]:
+    if isinstance(requests, Request):
+        raise ValueError("expected several requests, as [request], got a Request (requests)")
+    return list(requests)
+
+
 class Engine(Reports, Scoring, Updates):
     """Completes each request n times over one copy of its prompt, with exact log-probs.
 
@@ -49,10 +55,12 @@ class Engine(Reports, Scoring, Updates):
     reads its parameters in place (`shares_weights`): after an in-place optimiser step `update_weights()` is
     all there is to do. processor: anything with `.tokenizer` and `.image_processor`, or a bare tokenizer, or
     None for token-id prompts. Raises ValueError, naming the module, for a model it cannot share. Any thread
-    may add requests, abort and generate; steps run one at a time. Touches no process-global state.
+    may add requests, abort and generate; steps run one at a time. Touches no process-global state. Several engines may
+    read one model; each is told of an update by itself. An engine cannot be copied or pickled: TypeError.
     """
 
     def __init__(self, model: nn.Module, processor: Any = None, config: EngineConfig | None = None):
+        require(config is None or isinstance(config, EngineConfig), "an EngineConfig or None", config, "config")
         self.config = config or EngineConfig()
         self.model = model
         self.spec = models.describe(model)
@@ -136,13 +144,13 @@ class Engine(Reports, Scoring, Updates):
         A request that fails has `error` set in its group; the others are unaffected. strict: raise
         `RequestError` once all have ended. progress: a bar on stderr; None shows one on a terminal.
         """
-        requests = list(requests)
+        requests = _listed(requests)
         finished = dict(track(self._run(requests), len(requests), progress))
         return output.in_order(finished, len(requests), strict)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[RolloutGroup]:
         """Yields each group as it finishes. Closing the iterator aborts what is left."""
-        for _, group in self._run(list(requests)):
+        for _, group in self._run(_listed(requests)):
             yield group
 
     async def generate_async(self, requests: Iterable[Request], *, strict: bool = False) -> list[RolloutGroup]:
@@ -151,13 +159,13 @@ class Engine(Reports, Scoring, Updates):
         Steps run on a thread of the engine's, so that the event loop stays free. Cancelling the call aborts its
         requests. An exception of a step is raised in the calls whose requests it ended.
         """
-        requests = list(requests)
+        requests = _listed(requests)
         groups = self._stepper.run(self._submit, self._advance, requests)
         return output.in_order({index: group async for index, group in groups}, len(requests), strict)
 
     async def stream_async(self, requests: Iterable[Request]) -> AsyncIterator[RolloutGroup]:
         """`stream` for asyncio: yields each group as it finishes; closing the iterator aborts what is left."""
-        async with aclosing(self._stepper.run(self._submit, self._advance, list(requests))) as groups:
+        async with aclosing(self._stepper.run(self._submit, self._advance, _listed(requests))) as groups:
             async for _, group in groups:
                 yield group
 
@@ -181,6 +189,9 @@ class Engine(Reports, Scoring, Updates):
         May be called at any moment, by a signal handler too; a step under way is not disturbed.
         """
         self._desk.abort(request_id)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("expected no copy of an Engine, which reads one model in place: make another on a copy of it")
 
     interrupt, resume, sleep, wake = map(_promised, ("interrupt", "resume", "sleep", "wake"))
 

@@ -85,10 +85,6 @@ def adjust(logits: torch.Tensor, rows: Iterable[tuple[int, SamplingParams, Token
     return logits
 
 
-def _penalties(params: SamplingParams) -> tuple[float, float, float]:
-    return params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-
-
 class Adjuster:
     """`adjust` for running samples, whose counts it keeps from step to step."""
 

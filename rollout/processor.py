@@ -55,11 +55,14 @@ class PromptProcessor:
     """Prepares prompts with a tokenizer and an image processor, either of which may be absent.
 
     processor: anything with `.tokenizer` and `.image_processor`, or a bare tokenizer, or None: then prompts
-    are token ids and images come as `VisionInputs`.
+    are token ids and images come as `VisionInputs`. Raises ValueError for anything else.
     """
 
     def __init__(self, processor: Any, vision: VisionSpec | None, vocab_size: int):
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        if self.tokenizer is not None and not (callable(self.tokenizer) and hasattr(self.tokenizer, "decode")):
+            expected = "a tokenizer, or what has .tokenizer and .image_processor, or None"
+            raise ValueError(f"expected {expected}, got {type(processor).__name__} (processor)")
         self.image_processor: Any = getattr(processor, "image_processor", None)
         self.template = processor if getattr(processor, "chat_template", None) else self.tokenizer
         self.vision = vision

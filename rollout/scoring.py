@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from foveate.kernels import sampling
-from foveate.kernels.dispatch import require
-from foveate.rollout.config import EngineConfig
+from foveate.rollout.config import EngineConfig, require
 from foveate.rollout.desk import Desk
 from foveate.rollout.intake import Intake
 from foveate.rollout.logits import TokenCounts, adjust
@@ -49,6 +48,8 @@ class Scoring:
         under several weight versions, has a plan that is not its prompt's, or whose prompt and longest completion do
         not fit into the free pages. Pruned images are pruned as the group's plan says.
         """
+        if isinstance(groups, RolloutGroup):
+            raise ValueError("expected several groups, as [group], got a RolloutGroup (groups)")
         with self._desk.turn():
             self._desk.require_no_step("score")
             self._weights.check()

@@ -18,7 +18,7 @@ LONGEST_ID = 1000  # characters; errors repeat the id
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VisionInputs:
     """A trainer's own image inputs, as its processor made them.
 

@@ -1,4 +1,4 @@
-"""One decoder for all families: pre-norm transformer layers over paged KV segments, in plain torch."""
+"""One decoder for all families: pre-norm transformer layers over paged KV segments."""
 
 from __future__ import annotations
 

@@ -42,6 +42,8 @@ class NamedUpdate:
         if manifest is not None:
             self._promised = self._read_manifest(manifest)
         self._whole: list[tuple[nn.Parameter, torch.Tensor]] | None = None
+        if not isinstance(named, Iterable):
+            raise ValueError(f"expected names with tensors, got {type(named).__name__} (update_weights)")
         self._items = named.items() if isinstance(named, Mapping) else named
         if isinstance(named, (Mapping, list, tuple)):
             self._whole = self._check_whole()

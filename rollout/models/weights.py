@@ -260,6 +260,8 @@ class Weights:
         if type(param) is not nn.Parameter or not param.is_floating_point():
             got = f"{type(param).__name__} {getattr(param, 'dtype', '')}".strip()
             raise ValueError(f"expected a plain floating nn.Parameter, got {got} ({full})")
+        if param.is_meta:
+            raise ValueError(f"expected a parameter with data, got one on meta ({full})")
         if param.device != self.device or (self._in_place and param.dtype != self.dtype):
             expected, got = f"{self.dtype} on {self.device}", f"{param.dtype} on {param.device}"
             raise ValueError(f"expected {expected}, got {got} ({full})")

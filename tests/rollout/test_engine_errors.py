@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import dataclasses
 import logging
+import pickle
 import re
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 
 from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams
 from foveate.rollout.engine import Engine
-from foveate.rollout.testing import FAMILIES, special_id, tiny_model
+from foveate.rollout.testing import FAMILIES, special_id, tiny_model, tiny_processor
 from foveate.rollout.types import Request, RequestError, VisionInputs
 
 IMAGE, VIDEO = special_id("<|image_pad|>"), special_id("<|video_pad|>")
@@ -63,6 +66,40 @@ def test_what_is_no_request(requests, engine):
     with pytest.raises(ValueError, match="expected a Request, got"):
         engine.add_request(requests[0])
     assert_empty(engine)
+
+
+def test_one_where_several_are_asked_for(engine):
+    """A list was forgotten: the call says so, before anything runs."""
+    (request,) = texts(1)
+    for call in (engine.generate, lambda given: list(engine.stream(given))):
+        with pytest.raises(ValueError, match=r"several requests, as \[request\], got a Request \(requests\)"):
+            call(request)
+    with pytest.raises(ValueError, match="got a Request"):
+        asyncio.run(engine.generate_async(request))
+    groups = engine.generate([request])
+    with pytest.raises(ValueError, match=r"several groups, as \[group\], got a RolloutGroup \(groups\)"):
+        engine.score(groups[0])
+    with pytest.raises(ValueError, match=r"names with tensors, got Qwen2_5_VL.* \(update_weights\)"):
+        engine.update_weights(engine.model)
+    assert engine.weight_version == 0
+    assert_empty(engine)
+
+
+def test_arguments_in_another_place(vlm):
+    """A configuration, a name or a bare image processor is no processor; a dict is no configuration."""
+    config, processor = EngineConfig(kv_memory=1 << 20), tiny_processor()
+    for given in (config, "processor", processor.image_processor):
+        with pytest.raises(ValueError, match=r"a tokenizer, or what has .*, or None, got .* \(processor\)"):
+            Engine(vlm, given)
+    with pytest.raises(ValueError, match=r"an EngineConfig or None, got \{'page_size': 4\} \(config\)"):
+        Engine(vlm, processor, {"page_size": 4})
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_engine_is_not_copied(copied, engine):
+    """It reads one model's parameters in place: a copy would share its pages, or hold the model twice."""
+    with pytest.raises(TypeError, match="expected no copy of an Engine"):
+        copied(engine)
 
 
 @pytest.mark.parametrize("request_id", ["nobody", None, 5, ["x"]], ids=str)
@@ -221,6 +258,8 @@ def test_unsupported_families_and_config(make_engine, vlm):
         with pytest.raises(ValueError, match=rf"got '{backend}'.*{reason}|{reason}.*got '{backend}'"):
             make_engine(vlm, backend=backend)
     assert make_engine(vlm, device="cpu").shares_weights
+    with pytest.raises(ValueError, match=r"a parameter with data, got one on meta \(model.embed_tokens.weight\)"):
+        make_engine(tiny_model("llama").to("meta"))
     with pytest.raises(ValueError, match=r"a layer from 1 to 1, got 2 \(prune.layer\)"):
         make_engine(vlm, prune=PruneConfig("fastv"))
 

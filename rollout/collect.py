@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -17,6 +17,8 @@ from foveate.rollout.reward_pool import RewardPool
 from foveate.rollout.rewards import RewardTable
 from foveate.rollout.rewards.base import numbers
 from foveate.rollout.types import Request, RolloutGroup
+
+RewardFunction = Callable[[RolloutGroup], RewardTable | Iterable[float | None]]  # the latter: totals alone
 
 
 @dataclass(eq=False)
@@ -37,9 +39,7 @@ class Collected:
 class Collector:
     """Asks the engine for rollouts and scores them as groups finish."""
 
-    def __init__(
-        self, engine: Engine, reward: Callable[[RolloutGroup], RewardTable], config: GRPOConfig, clock: metrics.Clock
-    ):
+    def __init__(self, engine: Engine, reward: RewardFunction, config: GRPOConfig, clock: metrics.Clock):
         self.engine, self.reward, self.config, self.clock = engine, reward, config, clock
         if not config.prunes_all:
             prune = engine.config.prune
@@ -83,10 +83,10 @@ class Collector:
         self, requests: Sequence[Request], step: int, first: int
     ) -> tuple[list[RolloutGroup], list[RewardTable | None]]:
         """This rank's share. first: place of the first request among those of the step."""
+        for index, request in enumerate(requests):
+            check_prompt(request, f"prompts[{index}]", self.config)
         if parallel.size() > 1:
             parallel.check_same(requests=resumption.prompt_fingerprint(requests))
-        for index, request in enumerate(requests):
-            check_trainable(request, request.request_id or f"prompts[{index}]")
         requests = parallel.share(self._shared_out(self._seeded(requests, step, first), step, first))
         places = {id(request): index for index, request in enumerate(requests)}
         groups: dict[int, RolloutGroup] = {}
@@ -104,8 +104,11 @@ class Collector:
 
     def _score(self, group: RolloutGroup) -> RewardTable:
         """The group's rewards, with None for a rollout that has no tokens to learn from."""
-        table = self.reward(group)
+        found = self.reward(group)
         name, count = f"reward of request {group.request_id!r}", len(group.rollouts)
+        if not isinstance(found, (RewardTable, Iterable)):
+            raise ValueError(f"expected a RewardTable or {count} totals, got {type(found).__name__} ({name})")
+        table = found if isinstance(found, RewardTable) else RewardTable({}, list(found))
         require(len(table.totals) == count, f"{count} totals", len(table.totals), name)
         parts = {part: numbers(values, f"{name}, {part}") for part, values in table.parts.items()}
         table = RewardTable(parts, numbers(table.totals, name))
@@ -152,6 +155,18 @@ class Collector:
             request if draw < limit else replace(request, prune=None)
             for request, draw in zip(requests, draws, strict=True)
         ]
+
+
+def check_prompt(request: Request, name: str, config: GRPOConfig) -> None:
+    """ValueError, with the request's own name if it has one, for what is no request or could teach nothing.
+
+    That is one with penalties or biases, and a group of one where advantages are against the rest of the group.
+    """
+    require(isinstance(request, Request), "a Request", request, name)
+    name, kind = request.request_id or name, config.of_kind("advantage")
+    check_trainable(request, name)
+    alone = request.n == 1 and kind != "reinforce++"
+    require(not alone, f"request {name!r}: n >= 2, because {kind!r} compares the samples of a group", 1, "n")
 
 
 def seed_of(*parts: object) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from foveate.kernels.policy_loss import KINDS, PolicyLossOptions
 from foveate.kernels.policy_loss.advantage import ADVANTAGE_KINDS
-from foveate.rollout.config import require
+from foveate.rollout.config import is_int, plain_scalars, require
 
 Kind = Literal["kind"]  # as the kind of loss has it
 DYNAMIC_SAMPLING_ROUNDS = 10  # of verl's DAPO
@@ -144,12 +144,16 @@ class GRPOConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        plain_scalars(self)
         for name in ("prompts_per_step", "num_updates", "micro_batch_size", "log_every"):
-            self._check(name, "an int >= 1", lambda v: isinstance(v, int) and v >= 1)
+            self._check(name, "an int >= 1", lambda v: is_int(v) and v >= 1)
         for name in ("warmup_steps", "eval_every", "save_every", "reward_workers"):
-            self._check(name, "an int >= 0", lambda v: isinstance(v, int) and v >= 0)
+            self._check(name, "an int >= 0", lambda v: is_int(v) and v >= 0)
         for name in ("max_steps", "micro_batch_tokens", "aggregation_length"):
-            self._check(name, "an int >= 1 or None", lambda v: v is None or (isinstance(v, int) and v >= 1))
+            self._check(name, "an int >= 1 or None", lambda v: v is None or (is_int(v) and v >= 1))
+        for name in ("prefix_grouping", "kl_ratio_weighted", "gradient_checkpointing", "tensorboard"):
+            self._check(name, "True or False", lambda v: isinstance(v, bool))
+        self._check("seed", "an int", is_int)
         for name in ("learning_rate", "weight_decay", "advantage_eps", "adam_eps"):
             self._check(name, "a number >= 0", lambda v: 0 <= v < math.inf)
         self._check("dynamic_sampling", "a bool, an int >= 0 or 'kind'", lambda v: v == "kind" or _is_count(v))
@@ -235,7 +239,11 @@ class GRPOConfig:
 
     def _check(self, name: str, expected: str, holds) -> None:
         value = getattr(self, name)
-        require(holds(value), expected, value, name)
+        try:
+            fits = holds(value)
+        except TypeError:  # a value that cannot even be compared, such as a number as text
+            fits = False
+        require(fits, expected, value, name)
 
     def of_kind(self, name: str) -> Any:
         """The value of an option that may be "kind"."""

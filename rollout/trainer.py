@@ -15,7 +15,7 @@ from torch import nn
 
 from foveate.rollout import checkpoint, metrics, parallel, resumption, schedules
 from foveate.rollout.batch import KLPenalty, make_batch
-from foveate.rollout.collect import Collector, seed_of
+from foveate.rollout.collect import Collector, RewardFunction, seed_of
 from foveate.rollout.config import require
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
@@ -40,8 +40,9 @@ class StepRecord:
 class Trainer:
     """Generate, score, update, with an engine that reads this model's own parameters.
 
-    model: the module the engine was made with. reward: a group's `RewardTable` (`foveate.rollout.rewards`), a function
-    of the group alone; it is called as groups finish, see `GRPOConfig.reward_workers`.
+    model: the module the engine was made with. reward: of a group its `RewardTable` (`foveate.rollout.rewards`), or
+    one number for each rollout, None where it cannot be scored; a function of the group alone, called as groups finish,
+    see `GRPOConfig.reward_workers`.
     ref_model: the frozen policy of the KL term, where that has a weight. evaluate: called with the step count after
     every eval_every steps; its floats are reported as eval/<key>. output_dir: metrics.jsonl and checkpoints go there.
     callbacks: called with each `StepRecord`. In a process group every rank makes a trainer and calls the same methods
@@ -54,7 +55,7 @@ class Trainer:
         self,
         model: nn.Module,
         engine: Engine,
-        reward: Callable[[RolloutGroup], RewardTable],
+        reward: RewardFunction,
         config: GRPOConfig | None = None,
         *,
         ref_model: nn.Module | None = None,
@@ -62,6 +63,7 @@ class Trainer:
         output_dir: str | Path | None = None,
         callbacks: Sequence[Callable[[StepRecord], None]] = (),
     ):
+        require(config is None or isinstance(config, GRPOConfig), "a GRPOConfig or None", config, "config")
         self.config = config = config or GRPOConfig()
         require(engine.model is model, "an engine made with this model", type(engine.model).__name__, "engine")
         require(not config.needs_reference or ref_model is not None, "a model for kl_coef > 0", None, "ref_model")

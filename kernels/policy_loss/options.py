@@ -152,7 +152,11 @@ class PolicyLossOptions:
 
     def _check(self, name: str, expected: str, holds) -> None:
         value = getattr(self, name)
-        require(holds(value), expected, value, name)
+        try:
+            fits = holds(value)
+        except TypeError:  # a value that cannot even be compared, such as a number as text
+            fits = False
+        require(fits, expected, value, name)
 
     def resolve(self, kind: str) -> Formula:
         """The formula of `kind` with these options, the published value wherever None means that.

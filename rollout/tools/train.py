@@ -17,10 +17,10 @@ import yaml
 
 from foveate.rollout import checkpoint, metrics, parallel
 from foveate.rollout.atomic import fresh_folder
+from foveate.rollout.collect import check_prompt
 from foveate.rollout.config import EngineConfig, SamplingParams, require
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
-from foveate.rollout.policy import check_trainable
 from foveate.rollout.processor import load_processor
 from foveate.rollout.progress import without_transformers_bars
 from foveate.rollout.rewards import PERCEPTION_R1_WEIGHTS, WeightedReward
@@ -235,7 +235,7 @@ def load_prompts(options: TrainOptions, path: Path, reward: WeightedReward) -> l
         try:
             if isinstance(item, BadLine):
                 raise ValueError(item.reason)
-            check_trainable(item[1], str(item[1].request_id))
+            check_prompt(item[1], f"line {item[0]}", options.grpo)
             reward.check(item[1])
         except ValueError as error:
             line = item.line if isinstance(item, BadLine) else item[0]

@@ -144,6 +144,16 @@ def test_every_option_of_the_loss_reaches_it():
         ({"schedule": "step"}, "schedule"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
         ({"progress": "yes"}, "progress"),
+        ({"learning_rate": "1e-5"}, "learning_rate"),
+        ({"weight_decay": None}, "weight_decay"),
+        ({"betas": 0.9}, "betas"),
+        ({"max_grad_norm": "1"}, "max_grad_norm"),
+        ({"pruned_share": "all"}, "pruned_share"),
+        ({"clip_low": "0.2"}, "clip_low"),
+        ({"entropy_coef": "0"}, "entropy_coef"),
+        ({"prompts_per_step": True}, "prompts_per_step"),
+        ({"seed": "a"}, "seed"),
+        ({"tensorboard": "yes"}, "tensorboard"),
     ],
 )
 def test_config_refuses_by_name(kwargs, name):

@@ -1,0 +1,70 @@
+"""What callers hand a trainer first: rewards as plain numbers, groups of one, prompts and options of other types."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from foveate.rollout.config import EngineConfig, SamplingParams
+from foveate.rollout.engine import Engine
+from foveate.rollout.grpo import GRPOConfig
+from foveate.rollout.rewards import RewardTable
+from foveate.rollout.testing import tiny_model
+from foveate.rollout.trainer import Trainer
+from foveate.rollout.types import Request
+
+QUIET = {"progress": "none", "learning_rate": 1e-3}
+
+
+def lengths(group) -> list[float]:
+    return [len(rollout.token_ids) / 8 for rollout in group.rollouts]
+
+
+def prompts(n: int = 3) -> list[Request]:
+    sampling = SamplingParams(max_tokens=8, stop_token_ids=tuple(range(40)))
+    return [Request([5, 6, 7 + i], n=n, sampling=sampling, request_id=f"p{i}") for i in range(2)]
+
+
+def make(reward=lengths, config=None) -> Trainer:
+    model = tiny_model("qwen3")
+    engine = Engine(model, config=EngineConfig(page_size=16, kv_memory=4 << 20))
+    return Trainer(model, engine, reward, GRPOConfig(**QUIET) if config is None else config)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_a_reward_may_be_one_number_a_rollout(kind):
+    expected = make(lambda group: RewardTable({}, lengths(group))).train_step(prompts())
+    record = make(lambda group: kind(lengths(group))).train_step(prompts())
+    assert [table.totals for table in record.tables] == [table.totals for table in expected.tables]
+    assert len({total for table in record.tables for total in table.totals}) > 1
+    assert record.metrics["policy/loss"] == expected.metrics["policy/loss"] != 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (None, "a RewardTable or 3 totals, got NoneType"),
+        (1.0, "a RewardTable or 3 totals, got float"),
+        ([1.0], "3 totals, got 1"),
+        ("abc", "a number or None, got 'a'"),
+    ],
+)
+def test_what_is_no_reward(wrong, message):
+    with pytest.raises(ValueError, match=rf"expected {message} \(reward of request 'p0'"):
+        make(lambda group: wrong).train_step(prompts())
+
+
+def test_a_group_of_one_teaches_nothing():
+    """It is its own baseline, and n is 1 unless it is given: every gradient would be 0, without a word."""
+    with pytest.raises(ValueError, match=r"request 'p0': n >= 2, because 'grpo' compares .*, got 1 \(n\)"):
+        make().train_step(prompts(n=1))
+    record = make(config=GRPOConfig(**QUIET, advantage="reinforce++")).train_step(prompts(n=1))
+    assert record.metrics["optim/grad_norm"] > 0
+
+
+def test_what_is_no_prompt_and_no_configuration():
+    with pytest.raises(ValueError, match=r"a Request, got 'why' \(prompts\[0\]\)"):
+        make().train(["why"])
+    with pytest.raises(ValueError, match=r"a GRPOConfig or None, got \{'kind': 'dapo'\} \(config\)"):
+        make(config={"kind": "dapo"})

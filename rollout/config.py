@@ -206,10 +206,9 @@ class EngineConfig:
     samples. max_context: tokens, None is the model's. seed: base of requests without a seed. backend: None
     chooses; "cpp", or by kernel family "layers=cpp,sampling=reference" (`foveate.kernels.dispatch`). prune:
     vision-token pruning. ban_vision_tokens: never draw image, video and vision pads or ids beyond the tokenizer.
-    decode_burst: decode steps between two looks at the drawn ids where the backend runs on a GPU stream; the
-    reference backend looks after each. fuse: one buffer for q, k, v and one for
-    gate, up, into which the module's own parameters are re-pointed. deterministic: a request's results and `score` have
-    the same bits in any batch and order, with any budget of tokens and pages; on the CPU, for one number of threads.
+    fuse: one buffer for q, k, v and one for gate, up, into which the module's own parameters are re-pointed.
+    deterministic: a request's results and `score` have the same bits in any batch and order, with any budget of tokens
+    and pages; on the CPU, for one number of threads.
     """
 
     device: str | torch.device | None = None
@@ -224,7 +223,6 @@ class EngineConfig:
     backend: str | None = None
     prune: PruneConfig | None = None
     ban_vision_tokens: bool = True
-    decode_burst: int = 8
     fuse: bool = True
     deterministic: bool = False
 
@@ -232,7 +230,7 @@ class EngineConfig:
         plain_scalars(self)
         require(self.backend is None or isinstance(self.backend, str), "a str or None", self.backend, "backend")
         check_request(self.backend)
-        for name in ("page_size", "max_batch_tokens", "max_sequences", "decode_burst"):
+        for name in ("page_size", "max_batch_tokens", "max_sequences"):
             value = getattr(self, name)
             require(is_int(value) and value >= 1, "an int >= 1", value, name)
         for name, least, unit in (("kv_memory", 1, "bytes > 0"), ("max_context", 2, "tokens >= 2")):

@@ -111,7 +111,6 @@ WRONG_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
     "page_size bool": (E(page_size=True), r"got True \(page_size\)"),
     "max_batch_tokens": (E(max_batch_tokens=0), r"got 0 \(max_batch_tokens\)"),
     "max_sequences": (E(max_sequences=1.0), r"got 1.0 \(max_sequences\)"),
-    "decode_burst": (E(decode_burst=0), r"got 0 \(decode_burst\)"),
     "kv_memory": (E(kv_memory=0), r"bytes > 0, an int, or None, got 0 \(kv_memory\)"),
     "kv_memory text": (E(kv_memory="1GB"), r"got '1GB' \(kv_memory\)"),
     "kv_memory NaN": (E(kv_memory=NAN), r"got nan \(kv_memory\)"),

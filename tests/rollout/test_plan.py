@@ -60,7 +60,7 @@ def test_weights_gradients_and_optimiser_are_what_a_run_holds(family, tied, dtyp
 def test_the_cache_is_what_an_engine_fills(prompt, completion):
     """Two prompts of three samples, to the page; a completion's last token is read by nothing and not stored."""
     model = tiny_model("qwen3")
-    engine = Engine(model, config=EngineConfig(page_size=16, kv_memory=4 << 20, decode_burst=1))
+    engine = Engine(model, config=EngineConfig(page_size=16, kv_memory=4 << 20))
     sampling = SamplingParams(max_tokens=completion, ignore_eos=True)
     for place in range(2):
         ids = [(7 * place + 11 * index + 1) % 256 for index in range(prompt)]

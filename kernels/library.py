@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.autograd import _profiler_enabled
 
 _LIBRARY = torch.library.Library("foveate", "FRAGMENT")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -14,11 +15,16 @@ _is_tracing = torch._C._is_tracing  # torch.jit.trace
 
 
 def is_observed(*tensors: torch.Tensor) -> bool:
-    """Whether anything follows torch's operators: torch.compile, a trace, a dispatch mode, a transform, a subclass.
+    """Whether anything follows torch's operators: what `is_traced` knows, or a profiler, which shows them by name.
 
     Where nothing does, and no gradient is wanted, an operator's implementation can be called by itself, which costs a
     third. Elsewhere such a call would be left out of the trace, its result being memory that nothing has written.
     """
+    return _profiler_enabled() or is_traced(*tensors)
+
+
+def is_traced(*tensors: torch.Tensor) -> bool:
+    """Whether torch.compile, a trace, a dispatch mode, a transform or a subclass stands between caller and values."""
     if torch.compiler.is_compiling() or _num_modes() or _transform() is not None or _is_tracing():
         return True
     for tensor in tensors:  # noqa: SIM110 - a generator would take as long as all the rest

@@ -24,7 +24,7 @@ class Desk:
 
     def __init__(self, scheduler: Scheduler, finish: Callable[[Group], RolloutGroup]):
         self.groups: dict[str, Group] = {}  # entered, without a result yet, by request id
-        self.counts = dict.fromkeys(("finished", "failed", "tokens"), 0)
+        self.counts = dict.fromkeys(("finished", "failed"), 0)  # groups
         self.broken: frozenset[str] = frozenset()  # requests that the last step which broke off has ended
         self._scheduler = scheduler
         self._finish = finish
@@ -125,7 +125,7 @@ class Desk:
             group = self._ended[0]
             if self.groups.get(group.request_id) is group:
                 result = self._finish(group)
-                self._count(group)
+                self.counts["failed" if group.error else "finished"] += 1
                 self._outbox[group.request_id] = result
                 del self.groups[group.request_id]
             self._ended.popleft()
@@ -162,7 +162,3 @@ class Desk:
     def _drop(self, name: str) -> None:
         del self._owners[name]
         self._outbox.pop(name, None)
-
-    def _count(self, group: Group) -> None:
-        self.counts["failed" if group.error else "finished"] += 1
-        self.counts["tokens"] += sum(len(sequence.token_ids) for sequence in group.sequences)

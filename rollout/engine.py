@@ -23,6 +23,7 @@ from foveate.rollout.layer_groups import layer_groups
 from foveate.rollout.models.weights import Weights
 from foveate.rollout.modes import own_modes
 from foveate.rollout.pages import PagePool
+from foveate.rollout.phases import phase
 from foveate.rollout.processor import PromptProcessor, load_processor
 from foveate.rollout.progress import track
 from foveate.rollout.reports import Reports
@@ -87,7 +88,7 @@ class Engine(Reports, Scoring, Updates):
         self._desk = Desk(self._scheduler, finish)
         self._preparing = threading.Lock()  # of prompts, without a turn; tokenizers need not be thread-safe
         self._stepper = Stepper(self._desk)
-        self._num_prefilled = self._num_steps = 0
+        self._num_prefilled = self._num_tokens = self._num_steps = 0
         self._seconds = 0.0
 
     @classmethod
@@ -248,8 +249,10 @@ class Engine(Reports, Scoring, Updates):
             start = time.perf_counter()
             self._weights.check()
             try:
-                with own_modes(self._weights.device):
-                    self._run_batch(self._scheduler.next(self._versions.pair))
+                with own_modes(self._weights.device), phase("step"):
+                    with phase("schedule"):
+                        batch = self._scheduler.next(self._versions.pair)
+                    self._run_batch(batch)
             except BaseException as error:
                 self._desk.fail_running(error)
                 raise
@@ -260,12 +263,16 @@ class Engine(Reports, Scoring, Updates):
 
     def _run_batch(self, batch: Batch) -> None:
         if batch.decodes:
-            output.record(batch.decodes, self._runner.decode(batch.decodes))
+            with phase("decode"):
+                self._num_tokens += output.record(batch.decodes, self._runner.decode(batch.decodes))
         if batch.chunks:
-            output.fail_images(batch, self._scheduler.running, self._runner.encode(batch.chunks))
-            self._num_prefilled += self._runner.prefill(batch.chunks)
+            with phase("encode"):
+                output.fail_images(batch, self._scheduler.running, self._runner.encode(batch.chunks))
+            with phase("prefill"):
+                self._num_prefilled += self._runner.prefill(batch.chunks)
         if batch.firsts:
-            output.record(batch.firsts, self._runner.first_tokens(batch.firsts))
+            with phase("first_tokens"):
+                self._num_tokens += output.record(batch.firsts, self._runner.first_tokens(batch.firsts))
 
     def _name(self, request: Request) -> str:
         require(isinstance(request, Request), "a Request", request, "requests")

@@ -49,6 +49,7 @@ from typing import Any, TextIO
 import torch
 
 from foveate.kernels.policy_loss import add_metrics, mean_metrics
+from foveate.rollout import phases
 from foveate.rollout.rewards import RewardTable
 from foveate.rollout.types import FinishReason
 
@@ -56,7 +57,7 @@ PRINTED = ("reward/total", "policy/entropy", "policy/logprob_difference_mean", "
 
 
 class Clock:
-    """Wall time of the named phases of one step."""
+    """Wall time of the named phases of one step, which profilers see too (`foveate.rollout.phases`)."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -64,7 +65,8 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with phases.phase(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def metrics(self, num_tokens: int) -> dict[str, float]:

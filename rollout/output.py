@@ -16,8 +16,12 @@ from foveate.rollout.segments import Segment
 from foveate.rollout.types import Request, RequestError, Rollout, RolloutGroup, Versions
 
 
-def record(sequences: list[Sequence], drawn: SampleOutput) -> None:
-    """Appends row r of `drawn` to sequences[r] and marks the samples that end with it."""
+def record(sequences: list[Sequence], drawn: SampleOutput) -> int:
+    """Appends row r of `drawn` to sequences[r], marks the samples that end with it, and returns the number of tokens.
+
+    A row that could not be sampled ends its group with an error.
+    """
+    num_tokens = 0
     columns = [column.tolist() for column in drawn]
     for sequence, token, logprob, log_kept, entropy in zip(sequences, *columns, strict=True):
         if token < 0:
@@ -27,8 +31,10 @@ def record(sequences: list[Sequence], drawn: SampleOutput) -> None:
         sequence.logprobs.append(logprob)
         sequence.log_kept.append(log_kept)
         sequence.entropy.append(entropy)
+        num_tokens += 1
         _follow(sequence, token, logprob)
         _finish(sequence, token)
+    return num_tokens
 
 
 def fail(group: Group, message: str) -> None:

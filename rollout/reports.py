@@ -19,6 +19,7 @@ class Reports:
     _versions: Versions
     _desk: Desk
     _num_prefilled: int
+    _num_tokens: int
     _num_steps: int
     _seconds: float
     _runner: Runner
@@ -27,22 +28,24 @@ class Reports:
     _weights: Weights
 
     def stats(self) -> dict[str, int | float]:
-        """Counters since the engine was made.
+        """Counters since the engine was made; a difference of two calls is of what ran between them.
 
-        requests, finished, failed: groups. prefilled_tokens: computed in chunks, those computed again included;
-        shared_segments: prompt segments found instead. preempted: how often a sample's pages were taken. tokens:
-        drawn. steps, seconds: spent in them. tokens_per_second. images_encoded, image_hits, image_evictions,
-        image_bytes: of the vision cache (`foveate.rollout.vision.vision_stats`). image_tokens, image_tokens_dropped: of
-        images that went to prompts (`foveate.rollout.selection.selection_stats`).
-        running: samples now; waiting: groups of which a sample waits. weight_version, vision_version.
+        requests, finished, failed: groups. tokens: drawn so far, those of samples that still run or have failed
+        included. prefilled_tokens: computed in chunks, those computed again included; shared_segments: prompt segments
+        found instead. preempted: how often a sample's pages were taken. steps, seconds: steps that ended, and their
+        wall time. tokens_per_second: tokens over seconds. images_encoded, image_hits, image_evictions, image_bytes: of
+        the vision cache (`foveate.rollout.vision.vision_stats`). image_tokens, image_tokens_dropped: of images that
+        went to prompts (`foveate.rollout.selection.selection_stats`). running: samples now; waiting: groups of which a
+        sample waits. weight_version, vision_version.
         """
         return {
             "requests": self.num_requests,
             **self._desk.counts,
+            "tokens": self._num_tokens,
             "prefilled_tokens": self._num_prefilled,
             "steps": self._num_steps,
             "seconds": self._seconds,
-            "tokens_per_second": self._desk.counts["tokens"] / self._seconds if self._seconds else 0.0,
+            "tokens_per_second": self._num_tokens / self._seconds if self._seconds else 0.0,
             "shared_segments": self._tree.num_shared,
             "preempted": self._scheduler.num_preempted,
             **vision_stats(self._runner.vision),

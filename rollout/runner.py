@@ -16,6 +16,7 @@ from foveate.rollout.logits import Adjuster
 from foveate.rollout.models.decoder import Decoder
 from foveate.rollout.models.spec import Deepstack, ModelSpec
 from foveate.rollout.models.weights import Weights
+from foveate.rollout.phases import phase
 from foveate.rollout.planner import Planner
 from foveate.rollout.processor import ImageInput
 from foveate.rollout.scheduler import Group, Sequence
@@ -112,7 +113,8 @@ class Runner:
         positions = torch.cat([c.segment.source.positions[:, c.span] for c in chunks], dim=1).to(self.device)
         hidden, deepstack = self._embed(chunks)
         if self.staged is None:
-            plans = self.planner.prefill(chunks)
+            with phase("plan"):
+                plans = self.planner.prefill(chunks)
             hidden = self.decoder(hidden, positions, self.kv_pool, plans, decode=False, deepstack=deepstack)
         else:
             hidden, chunks = self.staged(chunks, hidden, positions, deepstack)
@@ -135,11 +137,13 @@ class Runner:
             tail = group.path[-1].tail
             if tail is not None:
                 tail.hand_to(group.prompt)
-        return self._sample(torch.stack([_last_hidden(sequence.group) for sequence in sequences]), sequences)
+        with phase("sample"):
+            return self._sample(torch.stack([_last_hidden(sequence.group) for sequence in sequences]), sequences)
 
     def decode(self, sequences: list[Sequence]) -> SampleOutput:
         """Feeds each sequence's last token and draws its next one."""
-        plans = self.planner.decode(sequences)
+        with phase("plan"):
+            plans = self.planner.decode(sequences)
         tokens = torch.tensor([sequence.token_ids[-1] for sequence in sequences], device=self.device)
         positions = torch.tensor([sequence.next_position for sequence in sequences], device=self.device)
         embedded = F.embedding(tokens, self.weights.embed)
@@ -147,7 +151,8 @@ class Runner:
         for sequence in sequences:
             assert sequence.leaf is not None, sequence.group.request_id
             sequence.leaf.length += 1
-        return self._sample(hidden, sequences)
+        with phase("sample"):
+            return self._sample(hidden, sequences)
 
     def _embed(self, chunks: list[Chunk]) -> tuple[torch.Tensor, Deepstack | None]:
         """Token embeddings, image placeholders replaced by features. -> float [T, hidden], what is added later"""

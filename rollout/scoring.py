@@ -14,6 +14,7 @@ from foveate.rollout.intake import Intake
 from foveate.rollout.logits import TokenCounts, adjust
 from foveate.rollout.models.weights import Weights
 from foveate.rollout.modes import own_modes
+from foveate.rollout.phases import phase
 from foveate.rollout.prefill import Prefill
 from foveate.rollout.processor import Prompt, PromptProcessor
 from foveate.rollout.pruned import replayed
@@ -55,7 +56,7 @@ class Scoring:
             self._weights.check()
             with own_modes(torch.device("cpu")):
                 jobs = [self._job(group) for group in groups]
-            with own_modes(self._weights.device):
+            with own_modes(self._weights.device), phase("score"):
                 return _Scorer(self._runner, self._tree, self.config).score(jobs)
 
     def _job(self, group: RolloutGroup) -> _Job:

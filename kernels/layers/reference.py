@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from foveate.kernels.dispatch import require
-from foveate.kernels.library import is_observed
+from foveate.kernels.library import is_traced
 
 FEW_ROWS = 128  # up to here a product on the CPU is bound by reading the weight
 MAX_BLOCK = 4096  # rows of the weight in one block
@@ -67,7 +67,7 @@ def _check_rope(queries, keys, values, cos, sin, key_pool, value_pool, slots) ->
         sizes = known
     require(queries.is_floating_point(), "floating queries", queries.dtype, "queries")
     require(sizes["kv_heads"] > 0, "at least 1 KV head", 0, "keys")
-    if slots.device.type != "cpu" or is_observed(slots) or not len(slots):
+    if slots.device.type != "cpu" or is_traced(slots) or not len(slots):
         return  # nothing to read: the planner's word, as in foveate._C
     limit = sizes["pages"] * sizes["page_size"]
     for slot in map(int, slots.aminmax()):

@@ -202,14 +202,31 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     found.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
     found.add_argument("--threads", type=int, help="of torch on the CPU; default: torch's own choice")
     found.add_argument("--quick", action="store_true", help="small shapes, few samples: a rehearsal")
-    found.add_argument("--filter", default="", metavar="REGEX", help="only rows whose name matches")
+    found.add_argument("--filter", default="", type=_pattern, metavar="REGEX", help="only rows whose name matches")
     found.add_argument("--output", type=Path, metavar="FILE", help="append the rows to this JSONL file")
-    found.add_argument("--compare", type=Path, metavar="FILE", help="print this run against the rows of a JSONL file")
+    found.add_argument("--compare", type=_file, metavar="FILE", help="print this run against the rows of a JSONL file")
     return found
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}") from error
+    return text
+
+
+def _file(text: str) -> Path:
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"expected a file, got {text!r}")
+    return Path(text)
+
+
 def options_of(arguments: argparse.Namespace) -> Options:
-    """Sets the threads; the rest is returned."""
+    """Sets the threads; the rest is returned. Ends the process with status 2 if it asks for a GPU that is not there."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("expected a GPU that torch can use, found none (--device cuda)", file=sys.stderr)
+        raise SystemExit(2)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -249,4 +266,6 @@ def main(
         print("\n".join(compare(ours, rows)))
     for refusal in harness.refusals:
         print(f"REFUSED {refusal}", file=sys.stderr)
+    if not rows and not harness.refusals:
+        print(f"no row, as rms_norm/cpp rows=8,D=2048 bfloat16, matches {options.filter!r} (--filter)", file=sys.stderr)
     return 1 if harness.refusals else 0

@@ -147,12 +147,13 @@ class KeepPlan:
 class RolloutGroup:
     """The n rollouts of one request, and the prompt exactly as the model saw it.
 
-    prompt_ids: int64 [P], placeholders expanded. prompt_positions: int32 [3, P] (time, height, width; equal
-    planes for text). next_position: position of the first completion token. image_grid_thw: int64 [images, 3].
-    pixel_values: the patches the tower saw, None without images. segments: int32, lengths of the prompt's
-    segments. All of them are those of the whole prompt, as a trainer's processor makes it, whatever was pruned. keep:
-    what pruning kept of it (all, of a prompt without images), None without pruning, after an error, and where an abort
-    came before everything was selected. error: why this request failed, else None.
+    prompt_ids: int64 [P], placeholders expanded. prompt_positions: int32 [3, P] (time, height, width; equal planes for
+    text). next_position: position of the first completion token. image_grid_thw: int64 [images, 3]. pixel_values: the
+    patches the tower saw, None without images. segments: int32, lengths of the prompt's segments. All of them are those
+    of the whole prompt, as a trainer's processor makes it, whatever was pruned. A forward of one's own needs these
+    positions; `foveate.replay` gives them to it (transformers' Qwen2.5-VL takes others where `mm_token_type_ids` is
+    missing). keep: what pruning kept of it (all, of a prompt without images), None without pruning, after an error, and
+    where an abort came before everything was selected. error: why this request failed, else None.
     kept_versions: versions of the weights before updates over which its keys and values were kept.
     """
 

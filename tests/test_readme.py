@@ -1,4 +1,4 @@
-"""What README.md says works: its commands, its paths, its Python."""
+"""What README.md and the guides in docs/ say works: commands, paths, Python."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = {name: (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("embedding.md", "profiling.md")}
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, flags=re.MULTILINE))
 TREE_LINE = re.compile(r"^(?P<path>[\w.*-]+(?:/[\w.*-]*)+|[\w.-]+\.\w+|Makefile|LICENSE)\s{2,}\S")
@@ -89,7 +90,9 @@ def test_readme_has_a_tree():
     assert {"rollout", "kernels", "csrc", "bindings", "tests"} <= folders
 
 
-@pytest.mark.parametrize("path", [*tree_paths(README), *named_paths(README)])
+@pytest.mark.parametrize(
+    "path", [*tree_paths(README), *(p for text in (README, *GUIDES.values()) for p in named_paths(text))]
+)
 def test_path_exists(path):
     assert list(ROOT.glob(path.rstrip("/")))
 
@@ -108,6 +111,23 @@ def test_python_compiles(number):
 def test_python_runs(number, tmp_path):
     script = tmp_path / "block.py"
     script.write_text("".join(python_blocks(README)[: number + 1]), encoding="utf-8")  # a block builds on those before
+    result = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_guide_compiles(name):
+    compile("".join(python_blocks(GUIDES[name])), name, "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_guide_runs(name, tmp_path):
+    """All its blocks as one script."""
+    if "from trl import" in GUIDES[name]:
+        pytest.importorskip("trl")
+    script = tmp_path / "guide.py"
+    script.write_text("".join(python_blocks(GUIDES[name])), encoding="utf-8")
     result = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
 

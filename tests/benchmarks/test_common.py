@@ -331,9 +331,28 @@ def test_filter_selects_by_name(run):
     status, text, _ = run("--filter", "^double/cpp n=1000")
     assert status == 0
     assert "double/cpp" in text
-    status, text, _ = run("--filter", "double/triton")
+    status, text, errors = run("--filter", "double/triton")
     assert status == 0
     assert "double/cpp" not in text
+    assert "no row" in errors
+    assert "matches 'double/triton' (--filter)" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--filter", "["), "--filter: expected a regular expression, got '[': unterminated"),
+        (("--compare", "rows.jsonl"), "--compare: expected a file, got 'rows.jsonl'"),
+        (("--device", "cuda"), "expected a GPU that torch can use, found none (--device cuda)"),
+    ],
+)
+def test_options_that_make_no_sense(words, message, run, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as caught:
+        run(*words)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_output_appends_and_compare_reads_what_was_there_before(run, tmp_path):

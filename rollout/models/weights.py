@@ -81,6 +81,9 @@ class Weights:
         self.layers = [self._layer(layer) for layer in decoder.layers]
         self.norm, self.eps = self._tensor(decoder.norm, "weight"), decoder.norm.variance_epsilon
         self.lm_head, self.lm_head_bias = self._linear(model.lm_head)
+        if len(self.lm_head) != self.spec.vocab_size:
+            expected = f"{self.spec.vocab_size} ids, as the engine was built with"
+            raise ValueError(f"expected {expected}, got {len(self.lm_head)} (lm_head)")
         self._adapted.finish()
         # Fusing moves parameters, so the addresses are taken when all are in place.
         watched = [*self._reading, *self._adapted.parameters]

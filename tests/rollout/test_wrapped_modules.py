@@ -180,6 +180,17 @@ def test_layers_that_come_and_go(make_engine):
         engine.generate(GREEDY)
 
 
+def test_another_vocabulary(make_engine):
+    """`resize_token_embeddings` puts another LM head in place: masks, bans and checks of ids are of the old one."""
+    model = tiny_model("llama")
+    engine = make_engine(model)
+    model.resize_token_embeddings(300, mean_resizing=False)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"271 ids, as the engine was built with, got 300 \(lm_head\)"):
+            engine.generate(GREEDY)
+    assert make_engine(model).generate(GREEDY)[0].error is None
+
+
 def test_another_decoder(make_engine):
     model = tiny_model("llama")
     engine = make_engine(model)

@@ -24,7 +24,7 @@ from torch import nn
 
 from foveate.rollout import generators, parallel
 from foveate.rollout.atomic import fresh_folder, recover
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.resumption import checksum
 
 

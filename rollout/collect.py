@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from foveate.rollout import metrics, parallel, resumption, schedules
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.policy import check_trainable

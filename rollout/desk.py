@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import count
 
 from foveate.rollout import output
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.scheduler import Group, Scheduler
 from foveate.rollout.turns import Turns
 from foveate.rollout.types import RolloutGroup

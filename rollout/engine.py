@@ -16,7 +16,8 @@ from torch import nn
 from foveate.kernels.dispatch import choose
 from foveate.rollout import models, output
 from foveate.rollout.asynchronous import Stepper
-from foveate.rollout.config import EngineConfig, require
+from foveate.rollout.checks import require
+from foveate.rollout.config import EngineConfig
 from foveate.rollout.desk import Desk
 from foveate.rollout.intake import Intake
 from foveate.rollout.layer_groups import layer_groups

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 
 KINDS = ("python", "numpy", "cpu")  # and "cuda" where the model is on a GPU
 

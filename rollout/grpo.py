@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from foveate.kernels.policy_loss import KINDS, PolicyLossOptions
 from foveate.kernels.policy_loss.advantage import ADVANTAGE_KINDS
-from foveate.rollout.config import is_int, plain_scalars, require
+from foveate.rollout.checks import is_int, plain_scalars, require
 
 Kind = Literal["kind"]  # as the kind of loss has it
 DYNAMIC_SAMPLING_ROUNDS = 10  # of verl's DAPO

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foveate.rollout.config import cut, shown
+from foveate.rollout.checks import cut, shown
 from foveate.rollout.types import VisionInputs
 
 

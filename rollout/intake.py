@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 
 from foveate.kernels.sampling import masks, request_seed, sample_seed
-from foveate.rollout.config import EngineConfig, SamplingParams, cut, require, shown
+from foveate.rollout.checks import cut, require, shown
+from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.models.spec import ModelSpec
 from foveate.rollout.processor import Prompt, PromptProcessor
 from foveate.rollout.pruned import pruned

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.pruners import pruner_of
 from foveate.rollout.pruners.protocol import Stage
 from foveate.rollout.pruning import PruneConfig

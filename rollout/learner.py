@@ -19,7 +19,7 @@ from foveate.kernels.policy_loss import (
 )
 from foveate.rollout import metrics, models, parallel
 from foveate.rollout.batch import Batch
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.policy import policy_logprobs, predict
 from foveate.rollout.prefix_groups import Packer, Sample, micro_batches, row_inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from foveate.rollout.config import require, shown
+from foveate.rollout.checks import require, shown
 
 
 def lift_images(messages: Sequence[Any]) -> tuple[list[dict], list[Any]]:

@@ -13,7 +13,7 @@ free or given twice.
 from __future__ import annotations
 
 from foveate._C import OutOfPages, PagePool
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 
 __all__ = ["OutOfPages", "PagePool", "pages_for"]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from foveate.kernels.policy_loss import LinearLogprobs, linear_logprobs
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.models import ModelSpec
 from foveate.rollout.models.spec import VisionSpec
 from foveate.rollout.prefix_groups import PADDING, Packer, Sample, attention_mask, row_inputs, score_dtype

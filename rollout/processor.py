@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from foveate.rollout.config import cut, require, shown
+from foveate.rollout.checks import cut, require, shown
 from foveate.rollout.images import content_hash, load_image, split_images
 from foveate.rollout.messages import lift_images
 from foveate.rollout.models.spec import VisionSpec

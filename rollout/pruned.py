@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from foveate.kernels.vision_prune import keep_count
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.processor import ImageInput, Prompt
 from foveate.rollout.pruners.protocol import Kept, Merge, offsets_of
 from foveate.rollout.pruning import PruneConfig

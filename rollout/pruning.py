@@ -7,9 +7,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
-
-from foveate.kernels.dispatch import require
+from foveate.rollout.checks import is_int, is_number, plain_scalars, require
 
 # Method -> its options and their defaults; a name that is no key of this table is refused.
 ENCODER_METHODS: dict[str, dict[str, Any]] = {
@@ -53,15 +51,13 @@ class PruneConfig:
     ratios: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, np.generic):
-                object.__setattr__(self, field.name, value.item())
-            elif isinstance(value, list):
-                object.__setattr__(self, field.name, tuple(value))
+        plain_scalars(self)
+        for name in ("layers", "ratios"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         keep = self.keep
         require(isinstance(self.method, str), "a str", self.method, "method")
-        require(_is_number(keep) and 0 < keep <= 1, "0 < keep <= 1", keep, "keep")
+        require(is_number(keep) and 0 < keep <= 1, "0 < keep <= 1", keep, "keep")
         require(self.method in METHODS, f"one of {', '.join(METHODS)}", self.method, "method")
         for name in OPTIONS - METHODS[self.method].keys():
             value = getattr(self, name)
@@ -70,14 +66,14 @@ class PruneConfig:
 
     def _check_options(self) -> None:
         seed, dominant, layer = self.seed, self.dominant, self.layer
-        require(seed is None or _is_int(seed), "an int", seed, "seed")
-        in_range = dominant is None or (_is_number(dominant) and 0 <= dominant <= 1)
+        require(seed is None or is_int(seed), "an int", seed, "seed")
+        in_range = dominant is None or (is_number(dominant) and 0 <= dominant <= 1)
         require(in_range, "0 <= dominant <= 1", dominant, "dominant")
-        require(layer is None or (_is_int(layer) and layer >= 1), "an int >= 1", layer, "layer")
+        require(layer is None or (is_int(layer) and layer >= 1), "an int >= 1", layer, "layer")
         layers, ratios = self.layers, self.ratios
-        whole = layers is None or (_is_tuple(layers) and all(_is_int(i) and i >= 1 for i in layers))
+        whole = layers is None or (_is_tuple(layers) and all(is_int(i) and i >= 1 for i in layers))
         require(whole and _ascends(layers), "ascending ints >= 1", layers, "layers")
-        shares = ratios is None or (_is_tuple(ratios) and all(_is_number(r) and 0 < r <= 1 for r in ratios))
+        shares = ratios is None or (_is_tuple(ratios) and all(is_number(r) and 0 < r <= 1 for r in ratios))
         descends = shares and (ratios is None or all(a >= b for a, b in pairwise(ratios)))
         require(descends, "descending shares in (0, 1]", ratios, "ratios")
         if ratios is not None:
@@ -105,14 +101,6 @@ class PruneConfig:
 
 
 OPTIONS = {field.name for field in fields(PruneConfig)} - {"method", "keep"}
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or _is_int(value)
 
 
 def _is_tuple(value: object) -> bool:

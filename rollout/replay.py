@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from foveate.rollout import models
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.models import ModelSpec
 from foveate.rollout.prefix_groups import PADDING
 from foveate.rollout.replay_layers import check_backend, staged, take
@@ -42,8 +42,8 @@ def replay(model: Any, groups: Sequence[RolloutGroup], *, rows: Sequence[int] | 
     and a completion of any length. rows: the group of each row of every forward inside, by its place in `groups`; None
     finds it by the prompt, which then must be one group's alone. position_ids are replaced. No cache is made; eager,
     sdpa, flex_attention and flash attention can drop tokens. The backward may run when the context has ended, with
-    gradient checkpointing too. An engine on the model refuses to run inside. On leaving, also by an exception, the model
-    is as before.
+    gradient checkpointing too. An engine on the model refuses to run inside. On leaving, also by an exception, the
+    model is as before.
 
     Raises ValueError, in the forward, for a row that is not its group's or has several, other image grids, a cache,
     hidden states or attentions that are asked for; here, for a plan that is not the prompt's, a model without a tower

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.models import ModelSpec
 from foveate.rollout.prefix_groups import PADDING, attention_kind, attention_mask, score_dtype
 from foveate.rollout.replay_plan import PromptView

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.models.spec import VisionSpec
 from foveate.rollout.pruned import check_site, kept_by_image
 from foveate.rollout.pruners.protocol import Kept

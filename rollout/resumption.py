@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.pruning import PruneConfig
 from foveate.rollout.types import Request

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from foveate.kernels import sampling
-from foveate.rollout.config import EngineConfig, require
+from foveate.rollout.checks import require
+from foveate.rollout.config import EngineConfig
 from foveate.rollout.desk import Desk
 from foveate.rollout.intake import Intake
 from foveate.rollout.logits import TokenCounts, adjust

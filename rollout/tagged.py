@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from foveate.kernels.dispatch import require
 from foveate.kernels.sampling import masks
+from foveate.rollout.checks import is_int, require
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class TaggedSpan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "inside", tuple(self.inside))
         ids = (self.opening, self.closing, *self.inside)
-        whole = all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids)
+        whole = all(is_int(i) and i >= 0 for i in ids)
         require(whole and len(self.inside) > 0, "ids >= 0, at least one inside", ids[:9], "tagged")
         distinct = self.opening != self.closing and not {self.opening, self.closing} & {*self.inside}
         require(distinct, "two tags that are not among the ids inside", ids[:9], "tagged")
-        require(self.least >= 0, "least >= 0", self.least, "tagged")
-        fits = self.most is None or self.most >= max(self.least, 1)
-        require(fits, f"most >= {max(self.least, 1)} or None", self.most, "tagged")
+        require(is_int(self.least) and self.least >= 0, "an int least >= 0", self.least, "tagged")
+        fits = self.most is None or (is_int(self.most) and self.most >= max(self.least, 1))
+        require(fits, f"an int most >= {max(self.least, 1)} or None", self.most, "tagged")
 
 
 class Place(NamedTuple):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from foveate.kernels.vision_prune import keep_count
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.layer_groups import LayerGroups
 from foveate.rollout.processor import ImageInput, Prompt
 from foveate.rollout.types import SiteKeep

@@ -15,8 +15,8 @@ from torch import nn
 
 from foveate.rollout import checkpoint, metrics, parallel, resumption, schedules
 from foveate.rollout.batch import KLPenalty, make_batch
+from foveate.rollout.checks import require
 from foveate.rollout.collect import Collector, RewardFunction, seed_of
-from foveate.rollout.config import require
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.learner import Learner

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from foveate.rollout.config import SamplingParams, is_int, plain_scalars, require
+from foveate.rollout.checks import is_int, plain_scalars, require
+from foveate.rollout.config import SamplingParams
 from foveate.rollout.pruning import PruneConfig
 
 MAX_SAMPLES = 1 << 16  # of a request; each takes memory even if the request is refused

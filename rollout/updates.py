@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.models.named import Manifest, NamedTensors
 
 if TYPE_CHECKING:

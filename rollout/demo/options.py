@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.pruning import PruneConfig
 
 KEEP = 0.5  # of an image's four tokens

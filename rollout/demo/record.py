@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.demo.scenes import Scene
 from foveate.rollout.demo.tasks import Evaluation
 from foveate.rollout.rewards import RewardTable

@@ -13,7 +13,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 
 CANVAS = 56  # pixels
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.rewards.accuracy import Accuracy
 from foveate.rollout.rewards.base import Reward, RewardTable, WeightedReward
 from foveate.rollout.rewards.engine_judge import EngineJudge

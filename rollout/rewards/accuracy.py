@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.rewards.math_process import MathProcess
 from foveate.rollout.rewards.text import answer_part
 from foveate.rollout.types import Request, RolloutGroup

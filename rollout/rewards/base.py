@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from foveate.rollout.config import require, shown
+from foveate.rollout.checks import require, shown
 from foveate.rollout.types import Request, RolloutGroup
 
 # An errored or aborted completion was cut short from outside: no reward of it describes the policy.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 
 
 class Fact(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.rewards.background import BackgroundLoop
 from foveate.rollout.rewards.chat_client import ChatClient, Limits
 from foveate.rollout.rewards.judge_prompt import RESPONSE_FORMAT, Question

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.rewards.geometry import GeometryGrammar
 from foveate.rollout.rewards.grammar import Fact, Grammar, LabelGrammar
 from foveate.rollout.rewards.text import think_part

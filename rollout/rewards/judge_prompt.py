@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.rewards.grammar import Fact
 
 MAX_TEXT_CHARS = 32_768

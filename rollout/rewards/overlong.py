@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foveate.rollout.config import is_int, require
+from foveate.rollout.checks import is_int, require
 from foveate.rollout.types import Request, RolloutGroup
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.rewards.base import UNSCORABLE_REASONS
 from foveate.rollout.rewards.grammar import Fact
 from foveate.rollout.rewards.judge import Judge, RuleJudge, check_facts, judge_all

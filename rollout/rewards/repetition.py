@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.types import RolloutGroup
 
 

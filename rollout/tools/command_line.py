@@ -14,7 +14,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 
 T = TypeVar("T")
 AS_IT_IS = "\0"  # before a string of a file that would else read as an option or as None; no word of a shell holds it

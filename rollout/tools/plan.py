@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.prefix_groups import row_capacity
 from foveate.rollout.tools.sizes import Sizes
 

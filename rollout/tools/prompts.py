@@ -23,7 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from foveate.rollout.config import SamplingParams, require
+from foveate.rollout.checks import require
+from foveate.rollout.config import SamplingParams
 from foveate.rollout.types import Request
 
 KEYS = ("id", "prompt", "text", "images", "n", "seed", "answer", "facts", "metadata")

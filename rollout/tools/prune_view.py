@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams, require
+from foveate.rollout.checks import require
+from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.images import load_image
 from foveate.rollout.processor import Processor

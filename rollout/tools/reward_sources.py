@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.rewards import Accuracy, Format, Overlong, Perception, Repetition, Reward, WeightedReward
 from foveate.rollout.types import RolloutGroup
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from foveate.rollout.config import EngineConfig, SamplingParams, require
+from foveate.rollout.checks import require
+from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.progress import without_transformers_bars
 from foveate.rollout.tools.command_line import parse

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 from foveate.rollout.tools.prompts import BadLine, fingerprint
 from foveate.rollout.types import RolloutGroup
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from foveate.rollout import models
-from foveate.rollout.config import require
+from foveate.rollout.checks import require
 
 
 @dataclass(frozen=True)

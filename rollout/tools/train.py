@@ -17,8 +17,9 @@ import yaml
 
 from foveate.rollout import checkpoint, metrics, parallel
 from foveate.rollout.atomic import fresh_folder
+from foveate.rollout.checks import require
 from foveate.rollout.collect import check_prompt
-from foveate.rollout.config import EngineConfig, SamplingParams, require
+from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
 from foveate.rollout.processor import load_processor

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams, cut, shown
+from foveate.rollout.checks import cut, shown
+from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams
 from foveate.rollout.types import Request, VisionInputs
 
 NAN, INF = float("nan"), float("inf")

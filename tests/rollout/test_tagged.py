@@ -168,9 +168,11 @@ def test_nothing_banned_is_no_mask(make_engine, monkeypatch):
         ({"opening": 1.5}, "ids >= 0"),
         ({"closing": 200}, "two tags that are not among the ids inside"),
         ({"inside": (201, 5)}, "two tags that are not among the ids inside"),
-        ({"least": -1}, "least >= 0"),
-        ({"least": 5, "most": 4}, "most >= 5"),
-        ({"most": 0}, "most >= 1"),
+        ({"least": -1}, "an int least >= 0"),
+        ({"least": 5, "most": 4}, "an int most >= 5"),
+        ({"most": 0}, "an int most >= 1"),
+        ({"least": 1.0}, "an int least >= 0"),
+        ({"most": 2.5}, "an int most >= 1"),
     ],
 )
 def test_spans_that_make_no_sense(fields, message):

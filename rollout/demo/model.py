@@ -9,16 +9,8 @@ from torch import nn
 
 from foveate.rollout.demo.scenes import CANVAS, PLACES, QUESTIONS
 from foveate.rollout.processor import Processor
+from foveate.rollout.testing import SPECIAL
 
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 MARKS = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", ",")
 NUMBERS = tuple(str(number) for number in range(37))  # four nines are 36
 _QUESTION_WORDS = dict.fromkeys(word for question in QUESTIONS.values() for word in question.split())

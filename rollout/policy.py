@@ -121,8 +121,7 @@ def pad(
         group, start = row[0].group, len(view.rows)
         input_ids[index, :start], segments[index, :start] = group.prompt_ids[view.rows], 0
         positions[:, index, :start] = view.positions
-        # The prompt's last token predicts the first one of each completion.
-        last = torch.tensor([start - 1], device="cpu")
+        last = torch.tensor([start - 1], device="cpu")  # of the prompt; predicts the first token of each completion
         for number, sample in enumerate(row, 1):
             tokens, count, end = sample.rollout.token_ids, len(sample.rollout.token_ids), start + sample.num_own_inputs
             input_ids[index, start:end], segments[index, start:end] = tokens[:-1], number

@@ -9,7 +9,6 @@ import torch
 
 QUERY_TILE = 1 << 20  # float32 scores alive at once, about what a core's cache holds
 COSINES = 1 << 22  # float32 cosines of a span alive at once: all of 2,048 tokens, of more tokens as many rows as fit
-PAIRS_TOGETHER = {"cuda": 1 << 22}  # of spans that are merged at once: a GPU waits for launches, a CPU for memory
 LANES, VECTOR = 32, 4  # of the sum of squares: the order of a warp that reads 16 bytes at a time
 
 
@@ -176,45 +175,17 @@ def merge_similar(features, offsets, indices, kept_offsets, counts) -> tuple[tor
 
 def _most_similar(units, others, targets, merges, left, wanted) -> torch.Tensor:
     """int64, for each row in others the number in targets of the most similar row of its span, the first of equals."""
-    found, first = [others[:0]], 0
-    spans = []  # of those that merge: first row and rows in others, first column and columns in targets
-    for merging, rest, count, place in zip(merges, left, wanted, [0, *accumulate(wanted)], strict=False):
+    found, first, place = [others[:0]], 0, 0
+    for merging, rest, count in zip(merges, left, wanted, strict=True):
         if merging:
-            spans.append((first, rest - count, place, count))
+            rows, columns = others[first : first + rest - count], targets[place : place + count]
+            cosines = similarities(units[rows], units[columns])
+            numbers = torch.arange(place, place + count, device=units.device)
+            is_best = cosines == cosines.amax(1, keepdim=True)
+            found.append(torch.where(is_best, numbers, len(targets)).amin(1))
             first += rest - count
-    for together in _together(spans, PAIRS_TOGETHER.get(units.device.type, 0)):
-        rows, columns = _at(together, 1), _at(together, 3)
-        down, across = (torch.arange(max(sizes), device=units.device) for sizes in (rows, columns))
-        starts, _, places, widths = torch.tensor(together).to(units.device, non_blocking=True).t()[..., None]
-        # What a span lacks of the largest is another's, and is left out.
-        own, theirs = others[(starts + down).clamp(max=len(others) - 1)], (places + across).clamp(max=len(targets) - 1)
-        cosines = similarities(units[own], units[targets[theirs]])
-        cosines.masked_fill_((across >= widths)[:, None], -torch.inf)
-        is_best = cosines == cosines.amax(-1, keepdim=True)
-        best = torch.where(is_best, theirs[:, None], len(targets)).amin(-1)
-        found.append(best.flatten()[_places_of(rows).to(units.device, non_blocking=True)])
+        place += count
     return torch.cat(found)
-
-
-def _together(spans: list[tuple[int, ...]], pairs: int) -> list[list[tuple[int, ...]]]:
-    """Runs of neighbours that, each as large as the largest, have at most so many pairs; or are alone."""
-    runs: list[list[tuple[int, ...]]] = []
-    for span in spans:
-        grown = [*runs[-1], span] if runs else [span]
-        if runs and len(grown) * max(_at(grown, 1)) * max(_at(grown, 3)) <= pairs:
-            runs[-1] = grown
-        else:
-            runs.append([span])
-    return runs
-
-
-def _at(rows: list[tuple[int, ...]], index: int) -> list[int]:
-    return [row[index] for row in rows]
-
-
-def _places_of(sizes: list[int]) -> torch.Tensor:
-    """int64 on the CPU: in rows of the longest, padded, those of each."""
-    return torch.cat([torch.arange(size) + index * max(sizes) for index, size in enumerate(sizes)])
 
 
 def positions(mask: torch.Tensor, count: int) -> torch.Tensor:
@@ -260,13 +231,13 @@ def unit_rows(features: torch.Tensor) -> torch.Tensor:
 
 
 def similarities(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """float32 [..., M, N], the products of the rows of a [..., M, D] and b [..., N, D], dimension after dimension.
+    """float32 [M, N], the products of the rows of a [M, D] and b [N, D], dimension after dimension.
 
     Products and sums are rounded one by one, so that every backend finds the same bits, and so the same selection.
     """
-    out = a.new_zeros(*a.shape[:-1], b.shape[-2])
-    for left, right in zip(a.movedim(-1, 0).contiguous(), b.movedim(-1, 0).contiguous(), strict=True):
-        out += left[..., None] * right[..., None, :]
+    out = a.new_zeros(len(a), len(b))
+    for left, right in zip(a.t().contiguous(), b.t().contiguous(), strict=True):
+        out += left[:, None] * right
     return out
 
 

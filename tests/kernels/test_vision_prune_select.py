@@ -339,26 +339,6 @@ def test_of_equal_cosines_the_lowest_target_absorbs():
     assert merge.merge_weight.tolist() == [1] + [float(np.float32(0.2))] * 5 + [1, 1]
 
 
-@pytest.mark.parametrize("pairs", [0, 60, 400, 1 << 20])
-def test_spans_are_merged_together(pairs, monkeypatch):
-    """As many as there is room for when each is as large as the largest, and each as alone."""
-    generator = torch.Generator().manual_seed(0)
-    sizes, kept, counts = (40, 0, 9, 6, 30, 7, 12), (10, 0, 3, 6, 0, 2, 1), (7, 1, 2, 2, 9, 5, 3)
-    offsets, keys = offsets_of(sizes), torch.randn(sum(sizes), 12, generator=generator).round()
-    selection = vision_prune.select_topk(torch.rand(sum(sizes), generator=generator), offsets, ints(*kept))
-    alone = vision_prune.merge_similar(keys, offsets, selection, ints(*counts))
-    shapes, similarities = [], reference.similarities
-    monkeypatch.setattr(reference, "PAIRS_TOGETHER", {"cpu": pairs})
-    monkeypatch.setattr(
-        reference, "similarities", lambda a, b: shapes.append((len(a), a.shape[1] * b.shape[1])) or similarities(a, b)
-    )
-    together = vision_prune.merge_similar(keys, offsets, selection, ints(*counts))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(together, alone, strict=True))
-    assert sum(spans for spans, _ in shapes) == 4  # the second is empty; of the fourth and sixth nothing merges
-    assert all(spans == 1 or spans * area <= pairs for spans, area in shapes)
-    assert [spans for spans, _ in shapes] == {0: [1] * 4, 60: [1] * 4, 400: [2, 2], 1 << 20: [4]}[pairs]
-
-
 def test_merging_reads_nothing_from_the_device():
     """On "meta" there is nothing to read; the sizes are those that real tensors give."""
     generator = torch.Generator().manual_seed(0)

@@ -42,6 +42,11 @@ class LayerWeights:
     k_norm: torch.Tensor | None = None
 
 
+def has_values(param: torch.Tensor) -> bool:
+    """False for a parameter that is a mere shape."""
+    return param.device.type != "meta"
+
+
 class Weights:
     """What the decoder reads.
 
@@ -263,7 +268,7 @@ class Weights:
         if type(param) is not nn.Parameter or not param.is_floating_point():
             got = f"{type(param).__name__} {getattr(param, 'dtype', '')}".strip()
             raise ValueError(f"expected a plain floating nn.Parameter, got {got} ({full})")
-        if param.is_meta:
+        if not has_values(param):
             raise ValueError(f"expected a parameter with data, got one on meta ({full})")
         if param.device != self.device or (self._in_place and param.dtype != self.dtype):
             expected, got = f"{self.dtype} on {self.device}", f"{param.dtype} on {param.device}"

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from foveate.kernels import sampling
 from foveate.rollout.config import SamplingParams
+from foveate.rollout.models import weights
 from foveate.rollout.modes import own_modes
 from foveate.rollout.pruning import PruneConfig
 from foveate.rollout.testing import tiny_model
@@ -97,6 +98,7 @@ class LiteralsKeepTheirValues(TorchFunctionMode):
 @contextmanager
 def absent_gpu(monkeypatch) -> Iterator[AbsentGpu]:
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no "meta"
+    monkeypatch.setattr(weights, "has_values", lambda param: True)
     with LiteralsKeepTheirValues(), AbsentGpu() as gpu:
         yield gpu
 

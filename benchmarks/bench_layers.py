@@ -1,8 +1,11 @@
-"""rms_norm, forward and with its backward, at the widths of real models: run as `python benchmarks/bench_layers.py`.
+"""rms_norm, forward and with its backward, and rope_store_kv, at the sizes of real models.
+
+    python benchmarks/bench_layers.py [--filter rope_store_kv]
 
 Peers: torch.nn.functional.rms_norm, and on CUDA its compiled form at two shapes. Widths: 128 (q and k of a head), 2048
 and 3584 (hidden states of Qwen2.5-VL-3B and 7B). `rms_norm_with_backward` is one call of both; autograd's own work for
-it on the host is in the time on a CPU, and not in that of a captured graph.
+it on the host is in the time on a CPU, and not in that of a captured graph. rope_store_kv: the heads of the same two
+models, beside the rotation of transformers and two index copies.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from common import Options, backends_of, main
 from measurement import Measurement, as_exact_as
 from samplers import Inputs, Run
 
-from foveate.kernels.layers import rms_norm
+from foveate.kernels.layers import rms_norm, rope_store_kv
 
-KERNELS = ("rms_norm", "rms_norm_with_backward")
+KERNELS = ("rms_norm", "rms_norm_with_backward", "rope_store_kv")
 EPS = 1e-6
 DTYPES = (torch.float32, torch.bfloat16)
+HEADS = ((16, 2), (28, 4))  # query and KV heads, of 128
+PAGE_SIZE = 64
 COMPILED = ((8, 2048), (8192, 2048))  # rows and width; a compilation takes seconds
 
 
@@ -68,7 +73,61 @@ def shapes(options: Options) -> Iterator[tuple[int, int]]:
     return ((count, dim) for dim in dims for count in rows)
 
 
+def rope_inputs(
+    rows: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, generator: torch.Generator
+) -> Inputs:
+    """As `rope_store_kv` takes them: q, k and v are parts of one product; slots lie anywhere in the pools."""
+    draw = partial(torch.randn, device=generator.device, generator=generator)
+    queries, keys, values = draw(rows, heads + 2 * kv_heads, dim).to(dtype).split([heads, kv_heads, kv_heads], 1)
+    angles = draw(rows, dim // 2)
+    cos, sin = torch.cat([angles.cos()] * 2, 1), torch.cat([-angles.sin(), angles.sin()], 1)
+    pages = -(-4 * rows // PAGE_SIZE)
+    pools = draw(2, pages, PAGE_SIZE, kv_heads, dim).to(dtype)
+    slots = torch.randperm(pages * PAGE_SIZE, device=generator.device, generator=generator)[:rows]
+    return queries, keys, values, cos.to(dtype), sin.to(dtype), pools[0], pools[1], slots
+
+
+def plain_rope(queries, keys, values, cos, sin, key_pool, value_pool, slots) -> torch.Tensor:
+    """As transformers' models write it, then two index copies, in place."""
+    cos, sin = cos[:, None], sin[:, None]
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return x * cos + x.roll(x.shape[-1] // 2, -1) * sin
+
+    key_pool.flatten(0, 1).index_copy_(0, slots, turned(keys))
+    value_pool.flatten(0, 1).index_copy_(0, slots, values)
+    return turned(queries)
+
+
+def plain_rope_and_pools(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return plain_rope(*inputs), *inputs[5:7]
+
+
+def rope_measurements(options: Options) -> Iterator[Measurement]:
+    names = [name for name in backends_of("layers", options.device) if name != "triton"]
+    dim = 16 if options.quick else 128
+    for heads, kv_heads in HEADS[:1] if options.quick else HEADS:
+        for rows in (1, 8) if options.quick else (8, 256, 2048):
+            for dtype in DTYPES:
+                yield Measurement(
+                    kernel="rope_store_kv",
+                    shape={"rows": rows, "heads": heads, "kv_heads": kv_heads, "D": dim},
+                    dtype=dtype,
+                    make_inputs=partial(rope_inputs, rows, heads, kv_heads, dim, dtype),
+                    backends={name: partial(rope_store_kv, backend=name) for name in names},
+                    check=as_exact_as(plain_rope_and_pools),
+                    floor=floors.rope_store_kv(rows, heads, kv_heads, dim, dtype.itemsize),
+                    peers={"torch": plain_rope},
+                    mutates=(5, 6),
+                )
+
+
 def measurements(options: Options) -> Iterator[Measurement]:
+    yield from norm_measurements(options)
+    yield from rope_measurements(options)
+
+
+def norm_measurements(options: Options) -> Iterator[Measurement]:
     ours = {name: partial(rms_norm, eps=EPS, backend=name) for name in backends_of("layers", options.device)}
     for rows, dim in shapes(options):
         for dtype in DTYPES:

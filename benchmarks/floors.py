@@ -73,10 +73,11 @@ def sample_from_hidden(rows: int, dim: int, vocab: int, itemsize: int) -> Floor:
     return Floor(reads, rows * SAMPLE_OUTPUT, 2 * rows * dim * vocab)
 
 
-def store_kv(tokens: int, kv_heads: int, head_dim: int, itemsize: int) -> Floor:
-    """Keys and values of new tokens to their pool slots."""
-    moved = 2 * tokens * kv_heads * head_dim * itemsize
-    return Floor(moved + tokens * INDEX, moved, 0)
+def rope_store_kv(tokens: int, heads: int, kv_heads: int, head_dim: int, itemsize: int) -> Floor:
+    """Queries and keys rotated (3 operations an element), keys and values to their pool slots."""
+    moved = tokens * (heads + 2 * kv_heads) * head_dim * itemsize
+    tables = tokens * (2 * head_dim * itemsize + INDEX)  # cosine and sine, slots
+    return Floor(moved + tables, moved, 3 * tokens * (heads + kv_heads) * head_dim)
 
 
 def tree_attention(

@@ -1,4 +1,4 @@
-"""`torch.ops.foveate.rms_norm` and its backward: one operator for all compiled backends, named by its last argument."""
+"""`torch.ops.foveate.rms_norm`, its backward and `rope_store_kv`: one operator for all compiled backends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plain torch: the definition of correct, and the CPU backend."""
+"""Plain torch: the definition of correct, on tensors of any device."""
 
 from __future__ import annotations
 

@@ -2,6 +2,11 @@
 
 Nothing writes a `[tokens, vocabulary]` tensor: logits live for a tile or a chunk of tokens. A loss has its gradients
 from the same pass where a token's follows from its own log-prob; else logits are computed again.
+
+Contracts and checks: `advantage`, `logprobs`, `loss`, `options`, `kl`. Definitions in plain torch: `reference`. Triton,
+launchers first, then kernels: `triton_kernel`, `triton_tiles` (log-probs), `triton_logits` (log-probs and gradients in
+one pass, with torch's products), `triton_loss`, `triton_terms` (the loss, from log-probs); `triton_products`: torch's
+matrix products for all of them. C++ and CUDA have `group_advantage` alone: csrc/policy_loss.cuh.
 """
 
 from foveate.kernels.policy_loss.advantage import ADVANTAGE_KINDS, group_advantage

@@ -51,9 +51,11 @@ def test_lm_head_of_the_3b_model():
     assert round(floor.seconds(BANDWIDTH, RATE) * 1e3, 3) == 0.202
 
 
-def test_store_kv():
-    # keys and values bfloat16 [3, 2, 4]: 48 bytes each, read and written; slots int64 [3]: 24
-    assert floors.store_kv(3, kv_heads=2, head_dim=4, itemsize=2) == Floor(reads=96 + 24, writes=96, flops=0)
+def test_rope_store_kv():
+    """3 tokens of 6 query, 2 key and 2 value heads of 4 half-precision numbers; 3 rows of cosine and sine, 3 slots."""
+    moved = 3 * 10 * 4 * 2
+    expected = Floor(reads=moved + 3 * 16 + 3 * 8, writes=moved, flops=3 * 3 * 8 * 4)
+    assert floors.rope_store_kv(3, heads=6, kv_heads=2, head_dim=4, itemsize=2) == expected
 
 
 def test_tree_attention():

@@ -18,7 +18,12 @@ CPU = torch.device("cpu")
 # Microseconds of the last row of a kernel in a rehearsal, at 10 GB/s and 1 TFLOP/s.
 LAST_FLOORS = {
     # bfloat16 [8, 128]: 2,048 bytes, weight 256. Forward x, weight, out; backward x, gradient, weight, two gradients.
-    "bench_layers": {"rms_norm": 0.435, "rms_norm_with_backward": 1.101},
+    # 8 rows of 20 heads of 16, read and written, with two rows of 16 and a slot each.
+    "bench_layers": {
+        "rms_norm": 0.435,
+        "rms_norm_with_backward": 1.101,
+        "rope_store_kv": round(8 * (2 * 20 * 16 * 2 + 2 * 16 * 2 + 8) / 1e4, 3),
+    },
     # Keys and values of 100 shared tokens and 2 * 32 own: 2 heads of 64, float32; queries and results [2, 14, 64].
     "bench_paged_attention": {"decode": round((164 * 2 * 2 * 64 * 4 + 2 * 2 * 14 * 64 * 4) / 1e4, 3)},
     # hidden [12, 16], lm_head [70, 16] and their gradients, float32; six operations a (token, dimension, id) take less

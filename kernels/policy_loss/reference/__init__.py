@@ -1,4 +1,4 @@
-"""The policy-loss family in plain torch: the definition of correct, and the CPU backend."""
+"""The policy-loss family in plain torch: the definition of correct, on tensors of any device."""
 
 from foveate.kernels.policy_loss.reference.advantage import group_advantage
 

@@ -38,6 +38,12 @@ BENCHMARKS = {
 }
 SANITIZER = "compute-sanitizer"
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# Of the tests of kernels, those small enough for a sanitizer.
+SANITIZED = {
+    "layers": "rows9-D129 or rows5-D136",
+    "sampling_backends": "271-everything or 5003-filters",
+    "sample_from_hidden_hopper": "65-72-4096",
+}
 RESULTS = ("rows.jsonl", "tests.xml", "summary.json", "logs.tar.gz")
 TOTAL_SECONDS = 450.0
 
@@ -88,10 +94,13 @@ def steps(out: Path, dry: bool) -> list[Step]:
     # All memory of block_check, the margins around its rows too, is copied from the host: initcheck flags none of it.
     for tool in SANITIZERS:
         found.append(Step(f"blocks, {tool}", [*sanitizer(tool), blocks], 40, SANITIZER))
-    layers = [*pytest, "gpu", "tests/kernels/test_layers.py", "-k", "rows9-D129 or rows5-D136"]
+    kernels = [*pytest, "gpu", *(f"tests/kernels/test_{name}.py" for name in SANITIZED), "-k"]
     # A tensor cut from a larger block of torch's cache may be overrun within that block, and memcheck sees nothing.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    found.append(Step("kernels, memcheck", [*sanitizer("memcheck"), *layers], 90, SANITIZER, uncached))
+    chosen = " or ".join(SANITIZED.values())
+    found.append(Step("kernels, memcheck", [*sanitizer("memcheck"), *kernels, chosen], 90, SANITIZER, uncached))
+    shared = [*sanitizer("racecheck"), *kernels, SANITIZED["sampling_backends"]]  # whose rows share bins and sums
+    found.append(Step("sampling, racecheck", shared, 60, SANITIZER))
     return found
 
 

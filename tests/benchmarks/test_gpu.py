@@ -130,10 +130,17 @@ def test_the_limits_fit_into_eight_minutes(tmp_path):
         for wanted in (lambda name: name.startswith("bench_"), lambda name: "check" in name)
     )
     assert max(benches) < min(sanitizers)
-    assert len(sanitizers) == len(gpu.SANITIZERS) + 1
+    assert len(sanitizers) == len(gpu.SANITIZERS) + 2
     for step in gpu.steps(tmp_path, dry=False):
         if step.tool == gpu.SANITIZER:  # whose exit status is otherwise that of the program
             assert int(step.command[step.command.index("--error-exitcode") + 1]) > 0
+
+
+@pytest.mark.parametrize("name", gpu.SANITIZED)
+def test_what_a_sanitizer_looks_at_exists(name):
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-k", gpu.SANITIZED[name]]
+    result = subprocess.run([*command, f"tests/kernels/test_{name}.py"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout  # 5 if nothing is collected
 
 
 KERNELS = [name for name, pattern in gpu.BENCHMARKS.items() if pattern and name != "prune_rollout"]

@@ -14,6 +14,7 @@ from foveate.rollout.checks import require
 from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.progress import without_transformers_bars
+from foveate.rollout.resumption import pruning_of
 from foveate.rollout.tools.command_line import parse
 from foveate.rollout.tools.prompts import BadLine, Defaults, count_lines, fingerprint, read_requests
 from foveate.rollout.tools.reporting import Reporter
@@ -67,6 +68,7 @@ class RolloutOptions:
         sampling = {f"sampling.{name}": value for name, value in asdict(self.sampling).items()}
         names = ("dtype", "max_context", "ban_vision_tokens", "deterministic")
         engine = {f"engine.{name}": getattr(self.engine, name) for name in names}
+        engine["engine.prune"] = pruning_of(self.engine.prune)
         own = {name: getattr(self, name) for name in ("model", "n", "seed", "system", "dtype")}
         return {name: _plain(value) for name, value in {**own, **sampling, **engine}.items()}
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from foveate.rollout import cli
-from foveate.rollout.config import EngineConfig, SamplingParams
+from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.processor import load_processor
 from foveate.rollout.testing import tiny_model
@@ -242,6 +242,7 @@ CHANGES = {
     "engine.max_context": 64,
     "engine.ban_vision_tokens": False,
     "engine.deterministic": True,
+    "engine.prune": PruneConfig("strided", 0.5),
 }
 
 

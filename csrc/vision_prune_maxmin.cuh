@@ -86,6 +86,10 @@ template <int kRows, int kColumns>
 FOVEATE_NOINLINE void cosines_of(const float* rows, const float* columns, std::int64_t dim,
                                  float (&out)[kRows][kColumns]) {
     float sums[kRows][kColumns] = {};
+#if defined(__CUDA_ARCH__)
+    // A lane with one sum has room for the loads of many dimensions, and nothing else to hide their time.
+#pragma unroll(kRows* kColumns == 1 ? 16 : 2)
+#endif
     for (std::int64_t d = 0; d < dim; ++d) {
         Loaded<kRows> left = *reinterpret_cast<const Vec<float, kRows>*>(rows + d * kPanel);
         Loaded<kColumns> right = *reinterpret_cast<const Vec<float, kColumns>*>(columns + d * kPanel);
@@ -257,7 +261,7 @@ struct ClosestOfTiles {
 // cosines with the token chosen last, and leaves the tile's best choice for the step behind.
 struct ChoiceTile {
     static constexpr int lanes = 32;
-    static constexpr int kTile = 128;
+    static constexpr int kTile = 32;
     MaxminArguments a;
     std::int64_t span, step;
 
@@ -266,7 +270,7 @@ struct ChoiceTile {
     template <class Block>
     FOVEATE_FN void operator()(Block& block, std::int64_t tile) const {
 #if defined(__CUDA_ARCH__)
-        constexpr int kColumns = 4;  // a lane's; one wide access
+        constexpr int kColumns = 1;  // a lane's
 #else
         constexpr int kColumns = kPanel;
 #endif

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -15,6 +16,7 @@ import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from foveate.rollout.checks import require
+from foveate.rollout.pruning import OPTIONS, PruneConfig
 
 T = TypeVar("T")
 AS_IT_IS = "\0"  # before a string of a file that would else read as an option or as None; no word of a shell holds it
@@ -66,11 +68,19 @@ def _words(options: type, content: dict, prefix: str, file: str) -> list[str]:
         if is_dataclass(kind):
             require(value is None or isinstance(value, dict), "a mapping", value, f"{option}, {file}")
             words += _words(kind, value or {}, f"{option}.", file)  # type: ignore[arg-type]
+        elif PruneConfig in get_args(kind):
+            words += _pruning_option(option, value, file)
         elif any(is_dataclass(part) for part in get_args(kind)):
             require(not value, "nothing: it is set from Python alone", value, f"{option}, {file}")
         else:
             words += _option_words(option, value, kind, file)
     return words
+
+
+def _pruning_option(option: str, value: Any, file: str) -> list[str]:
+    mapping = value is None or (isinstance(value, dict) and isinstance(value.get("method"), str))
+    require(mapping, "a mapping with a method", value, f"{option}, {file}")
+    return [f"--{option}", *(["None"] if value is None else _pruning_words(value))]
 
 
 def _option_words(option: str, value: Any, kind: Any, file: str) -> list[str]:
@@ -151,6 +161,18 @@ def _registry() -> ConstructorRegistry:
 
     @registry.primitive_rule
     def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if PruneConfig not in get_args(info.type):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="METHOD [NAME=VALUE ...]",
+            instance_from_str=_pruning,
+            is_instance=lambda value: value is None or isinstance(value, PruneConfig),
+            str_from_instance=lambda value: ["None"] if value is None else _pruning_words(asdict(value)),
+        )
+
+    @registry.primitive_rule
+    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         kind = info.type
         if kind not in (torch.dtype, torch.device):
             return None
@@ -163,6 +185,27 @@ def _registry() -> ConstructorRegistry:
         )
 
     return registry
+
+
+def _pruning(words: list[str]) -> PruneConfig | None:
+    if words == ["None"]:
+        return None
+    require(len(words) > 0, "a method", words, "prune")
+    given = {}
+    for word in words[1:]:
+        name, _, value = word.partition("=")
+        require(name in OPTIONS | {"keep"}, f"one of keep, {', '.join(sorted(OPTIONS))} as NAME=VALUE", word, "prune")
+        try:
+            given[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"expected a number, or several in brackets, got {word!r} (prune)") from error
+    return PruneConfig(words[0], **given)
+
+
+def _pruning_words(given: Mapping[str, Any]) -> list[str]:
+    """What `_pruning` reads. given: by field, with the method."""
+    rest = (f"{name}={value}".replace(" ", "") for name, value in given.items() if value is not None)
+    return [given["method"], *(word for word in rest if not word.startswith("method="))]
 
 
 def _dtype(name: str) -> torch.dtype:

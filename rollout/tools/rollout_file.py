@@ -13,14 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from foveate.rollout.checks import require
 from foveate.rollout.tools.prompts import BadLine, fingerprint
-from foveate.rollout.types import RolloutGroup
+from foveate.rollout.types import KeepPlan, RolloutGroup
 
 
 def rows_of(group: RolloutGroup) -> list[dict[str, Any]]:
     """One dict a rollout; float32 values become the doubles equal to them, so that they are read back exactly."""
-    prompt_hash = fingerprint(group.request)
+    prompt_hash, keep = fingerprint(group.request), _keep_of(group.keep)
     return [
         {
             "id": group.request_id,
@@ -37,9 +39,23 @@ def rows_of(group: RolloutGroup) -> list[dict[str, Any]]:
             "seed": group.request.sampling.seed,
             "prompt_tokens": len(group.prompt_ids),
             "prompt_hash": prompt_hash,
+            "keep": keep,
         }
         for index, rollout in enumerate(group.rollouts)
     ]
+
+
+def _keep_of(plan: KeepPlan | None) -> dict[str, Any] | None:
+    """A plan without its positions, which follow from the prompt and what is kept of it."""
+    if plan is None:
+        return None
+    fields = {name: value for name, value in vars(plan).items() if name != "positions"}
+    sites = [{name: _as_list(value) for name, value in vars(site).items()} for site in plan.sites]
+    return {**fields, "sites": sites}
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 @dataclass

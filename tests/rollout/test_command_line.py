@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from foveate.rollout import cli
-from foveate.rollout.config import EngineConfig, SamplingParams
+from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams
 from foveate.rollout.grpo import GRPOConfig
 
 pytest.importorskip("tyro")
@@ -82,6 +82,52 @@ def test_words_win_over_the_file_wherever_they_stand(config):
     assert (before.sampling.max_tokens, before.grpo.betas) == (7, (0.8, 0.9))
 
 
+PRUNING = [
+    ("visionzip keep=0.25", "{method: visionzip, keep: 0.25}", PruneConfig("visionzip", 0.25)),
+    ("random seed=-3", "{method: random, seed: -3, keep: null}", PruneConfig("random", seed=-3)),
+    ("divprune keep=1e-05", "{method: divprune, keep: 0.00001}", PruneConfig("divprune", 1e-5)),
+    ("fastv", "{method: fastv}", PruneConfig("fastv")),
+    (
+        "pyramiddrop layers=[1,2] ratios=(0.5,0.25)",
+        "{method: pyramiddrop, layers: [1, 2], ratios: [0.5, 0.25]}",
+        PruneConfig("pyramiddrop", layers=(1, 2), ratios=(0.5, 0.25)),
+    ),
+    ("None", "null", None),
+]
+
+
+@pytest.mark.parametrize(("words", "text", "prune"), PRUNING)
+def test_pruning_by_words_and_by_file(config, words, text, prune, tmp_path):
+    given = parse(Options, "t", ["--model", "m", "--engine.prune", *words.split(), "--no-resume"])
+    assert given == Options("m", engine=EngineConfig(prune=prune))
+    assert parse(Options, "t", ["--model", "m", "--config", config(f"engine: {{prune: {text}}}\n")]) == given
+    over = ["--config", config("engine: {prune: {method: strided}}\n"), "--engine.prune", *words.split()]
+    assert parse(Options, "t", ["--model", "m", *over]) == given
+    (tmp_path / "data.jsonl").touch()
+    run = TrainOptions("m", tmp_path / "data.jsonl", tmp_path, engine=given.engine)
+    write_options(run)
+    assert parse(TrainOptions, "t", ["--config", str(tmp_path / "run.yaml")]) == run
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "expected a method, got [] (prune)"),
+        ("vscan", "expected one of random, strided, visionzip"),
+        ("fastv keep", "expected a number, or several in brackets, got 'keep' (prune)"),
+        ("fastv keep=x", "expected a number, or several in brackets, got 'keep=x' (prune)"),
+        ("fastv kep=1", "expected one of keep, dominant, layer, layers, ratios, seed as NAME=VALUE, got 'kep=1'"),
+        ("fastv keep=2", "expected 0 < keep <= 1, got 2 (keep)"),
+        ("fastv dominant=0.5", "expected no dominant for fastv, got 0.5 (dominant)"),
+    ],
+)
+def test_wrong_pruning_ends_with_2_and_a_reason(capsys, words, message):
+    with pytest.raises(SystemExit) as exit_:
+        parse(Options, "test", ["--model", "m", "--engine.prune", *words.split()])
+    assert exit_.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
 def test_an_empty_file_is_no_options(config):
     assert parse(Options, "t", ["--model", "m", "--config", config("# nothing\n")]) == Options("m")
 
@@ -142,6 +188,9 @@ def test_what_a_run_writes_is_read_back(tmp_path):
         ("model: m\nsampling: {top_k: 3, top_k: 4}", "the key 'top_k' twice"),
         ("model: m\nsampling: [1]", "expected a mapping, got [1] (sampling"),
         ("model: m\nsampling: {logit_bias: [[5]]}", "logit"),
+        ("model: m\nengine: {prune: visionzip}", "expected a mapping with a method, got 'visionzip' (engine.prune"),
+        ("model: m\nengine: {prune: {keep: 0.5}}", "expected a mapping with a method, got {'keep': 0.5} (engine.prune"),
+        ("model: m\nengine: {prune: {method: fastv, keep: 3}}", "expected 0 < keep <= 1, got 3"),
         ("model: m\nsampling: {tagged: [1]}", "set from Python alone, got [1] (sampling.tagged"),
     ],
 )

@@ -9,18 +9,19 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from foveate.rollout import cli
 from foveate.rollout.config import EngineConfig, PruneConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.processor import load_processor
 from foveate.rollout.testing import tiny_model
-from foveate.rollout.types import Request
+from foveate.rollout.types import KeepPlan, Request, SiteKeep
 
 pytest.importorskip("tyro")
 Image = pytest.importorskip("PIL.Image")
@@ -228,6 +229,24 @@ def test_the_data_are_no_file_beside_the_output(options, tmp_path, name):
     data = options().data.rename(tmp_path / f"out.{name}")
     with pytest.raises(ValueError, match="which is written to"):
         RolloutOptions("m", data, tmp_path / "out.jsonl")
+
+
+def test_rows_of_pruned_prompts_hold_what_was_kept(processor, options):
+    """All that a plan says but the positions; the tokens that the same engine keeps of the same image."""
+    engine = Engine(tiny_model("qwen2_5_vl"), processor, replace(SMALL, prune=PruneConfig("visionzip", 0.5)))
+    done = options()
+    run(done, engine)
+    image = Request("<|vision_start|><|image_pad|><|vision_end|>", images=[done.data.parent / "3.png"])
+    (group,) = engine.generate([replace(image, sampling=SamplingParams(max_tokens=1))], strict=True)
+    found = {row["id"]: row["keep"] for row in rows(done.output)}
+    expected = {field.name for field in fields(KeepPlan)} - {"positions"}
+    assert all(keep.keys() == expected for keep in found.values())
+    (site,), (own,) = found["p3"]["sites"], group.keep.sites
+    for name in (field.name for field in fields(SiteKeep)):
+        value = getattr(own, name)
+        assert site[name] == (value.tolist() if isinstance(value, torch.Tensor) else value)
+    assert (len(site["kept"]), found["p1"]["sites"][0]["kept"]) == (3, [])
+    assert found["p3"]["config_hash"] == group.keep.config_hash
 
 
 CHANGES = {

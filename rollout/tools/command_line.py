@@ -36,7 +36,7 @@ def parse(options: type[T], prog: str, arguments: Sequence[str]) -> T:
     description = (
         f"{(options.__doc__ or '').strip()}\n\n--config FILE takes options from a YAML file, of the same names."
     )
-    # No subcommands for `None | a dataclass`: such a field keeps its default.
+    # No subcommands for `None | a dataclass`: such a field keeps its default, unless a rule of `_registry` reads it.
     config = (tyro.conf.AvoidSubcommands,)
     return tyro.cli(
         options, prog=prog, description=description, args=[*words, *given], config=config, registry=_registry()

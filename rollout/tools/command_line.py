@@ -144,7 +144,7 @@ def _take_config(arguments: list[str]) -> tuple[list[str], Path | None]:
 
 
 def _registry() -> ConstructorRegistry:
-    """tyro with torch's dtypes and devices, and with strings as a file has them."""
+    """tyro with torch's dtypes and devices, with pruning, and with strings as a file has them."""
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
@@ -161,18 +161,6 @@ def _registry() -> ConstructorRegistry:
 
     @registry.primitive_rule
     def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if PruneConfig not in get_args(info.type):
-            return None
-        return PrimitiveConstructorSpec(
-            nargs="*",
-            metavar="METHOD [NAME=VALUE ...]",
-            instance_from_str=_pruning,
-            is_instance=lambda value: value is None or isinstance(value, PruneConfig),
-            str_from_instance=lambda value: ["None"] if value is None else _pruning_words(asdict(value)),
-        )
-
-    @registry.primitive_rule
-    def _(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         kind = info.type
         if kind not in (torch.dtype, torch.device):
             return None
@@ -184,7 +172,20 @@ def _registry() -> ConstructorRegistry:
             str_from_instance=lambda value: [str(value).removeprefix("torch.")],
         )
 
+    registry.primitive_rule(_pruning_rule)
     return registry
+
+
+def _pruning_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    if PruneConfig not in get_args(info.type):
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="METHOD [NAME=VALUE ...]",
+        instance_from_str=_pruning,
+        is_instance=lambda value: value is None or isinstance(value, PruneConfig),
+        str_from_instance=lambda value: ["None"] if value is None else _pruning_words(asdict(value)),
+    )
 
 
 def _pruning(words: list[str]) -> PruneConfig | None:

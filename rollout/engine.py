@@ -96,7 +96,9 @@ class Engine(Reports, Scoring, Updates):
     def from_pretrained(cls, path: str | Path, config: EngineConfig | None = None, **model_kwargs: Any) -> Engine:
         """Loads model, tokenizer, image processor with transformers, weights from safetensors, onto config.device.
 
-        Code that comes with a model is not run unless `model_kwargs` has trust_remote_code=True.
+        config.device: None is where transformers puts the model, the CPU unless told otherwise. model_kwargs: of the
+        model's `from_pretrained`, such as dtype. Code that comes with a model is not run unless they have
+        trust_remote_code=True.
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -151,7 +153,7 @@ class Engine(Reports, Scoring, Updates):
         return output.in_order(finished, len(requests), strict)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[RolloutGroup]:
-        """Yields each group as it finishes. Closing the iterator aborts what is left."""
+        """Yields each group as it finishes; starts when asked for the first. Closing the iterator aborts what is left."""
         for _, group in self._run(_listed(requests)):
             yield group
 

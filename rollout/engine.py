@@ -153,7 +153,7 @@ class Engine(Reports, Scoring, Updates):
         return output.in_order(finished, len(requests), strict)
 
     def stream(self, requests: Iterable[Request]) -> Iterator[RolloutGroup]:
-        """Yields each group as it finishes; starts when asked for the first. Closing the iterator aborts what is left."""
+        """Yields each group as it finishes; starts when asked for one. Closing the iterator aborts what is left."""
         for _, group in self._run(_listed(requests)):
             yield group
 

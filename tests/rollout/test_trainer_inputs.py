@@ -9,7 +9,7 @@ import torch
 from foveate.rollout.config import EngineConfig, SamplingParams
 from foveate.rollout.engine import Engine
 from foveate.rollout.grpo import GRPOConfig
-from foveate.rollout.rewards import RewardTable
+from foveate.rollout.rewards import Format, RewardTable, WeightedReward
 from foveate.rollout.testing import tiny_model
 from foveate.rollout.trainer import Trainer
 from foveate.rollout.types import Request
@@ -68,3 +68,15 @@ def test_what_is_no_prompt_and_no_configuration():
         make().train(["why"])
     with pytest.raises(ValueError, match=r"a GRPOConfig or None, got \{'kind': 'dapo'\} \(config\)"):
         make(config={"kind": "dapo"})
+
+
+def test_a_line_of_one_sample_is_found_before_the_model_is_loaded(tmp_path, capsys):
+    pytest.importorskip("tyro")
+    from foveate.rollout.tools.train import TrainOptions, load_prompts
+
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a"}\n{"prompt": "b", "n": 1}\n', encoding="utf-8")
+    reward = WeightedReward([Format()], {"format": 1.0})
+    options = TrainOptions(model="nowhere", data=data, n=2, allow_errors=True)
+    assert [request.n for request in load_prompts(options, data, reward)] == [2]
+    assert "line 2: expected request '2': n >= 2, because 'grpo' compares" in capsys.readouterr().err

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from foveate.rollout.replay import replay
     from foveate.rollout.tagged import TaggedSpan
     from foveate.rollout.trainer import Trainer
-    from foveate.rollout.types import KeepPlan, Request, Rollout, RolloutGroup, VisionInputs
+    from foveate.rollout.types import KeepPlan, Request, RequestError, Rollout, RolloutGroup, VisionInputs
 
     __version__: str
 
@@ -27,6 +27,7 @@ __all__ = [
     "KeepPlan",
     "PruneConfig",
     "Request",
+    "RequestError",
     "Rollout",
     "RolloutGroup",
     "SamplingParams",
@@ -44,6 +45,7 @@ _HOMES = {
     "KeepPlan": "types",
     "PruneConfig": "config",
     "Request": "types",
+    "RequestError": "types",
     "Rollout": "types",
     "RolloutGroup": "types",
     "SamplingParams": "config",

@@ -29,13 +29,8 @@ class Sample:
     rollout: Rollout
 
     @property
-    def num_inputs(self) -> int:
-        """Tokens that are fed: the prompt, as pruned, and the completion but its last token, which predicts nothing."""
-        return num_entering(self.group) + self.num_own_inputs
-
-    @property
     def num_own_inputs(self) -> int:
-        """Those of the completion."""
+        """Tokens of the completion that are fed: all but the last, which predicts nothing."""
         return len(self.rollout.token_ids) - 1
 
 

@@ -9,7 +9,7 @@ import torch
 from foveate.rollout import models
 from foveate.rollout.config import SamplingParams
 from foveate.rollout.policy import pad, policy_logprobs
-from foveate.rollout.prefix_groups import Packer, Sample, micro_batches
+from foveate.rollout.prefix_groups import Packer, Sample, micro_batches, row_inputs
 from foveate.rollout.testing import special_id, tiny_model
 from foveate.rollout.types import Request, Rollout, RolloutGroup
 
@@ -191,7 +191,7 @@ def test_pad_by_hand():
 def test_micro_batches_by_hand():
     model = tiny_model("llama")
     samples = samples_of([group(model, [], (3, 1, 8, 1, 1), 1.0, 0)])
-    assert [s.num_inputs for s in samples] == [5, 3, 10, 3, 3]
+    assert [row_inputs([s]) for s in samples] == [5, 3, 10, 3, 3]
 
     def cut(*limits):
         return [(part.start, part.stop) for part in micro_batches(samples, *limits, Packer(None))]

@@ -272,7 +272,7 @@ def test_no_cut_and_no_grouping_changes_the_update(family):
         assert distance(got, truth) <= 2 * distance(whole, truth)
         assert report["policy/loss"] == pytest.approx(plain["policy/loss"], rel=1e-5, abs=1e-6)
         tokens.append(report["throughput/tokens_forwarded"])
-    repeated = sum(sample.num_inputs for sample in samples)
+    repeated = sum(row_inputs([sample]) for sample in samples)
     assert tokens[0] == repeated == plain["throughput/tokens_forwarded"]
     assert tokens[2] == sum(map(row_inputs, Packer(1e9).rows(samples))) < tokens[1] < repeated
 

@@ -22,8 +22,9 @@ def record(sequences: list[Sequence], drawn: SampleOutput) -> int:
     A row that could not be sampled ends its group with an error.
     """
     num_tokens = 0
-    columns = [column.tolist() for column in drawn]
-    for sequence, token, logprob, log_kept, entropy in zip(sequences, *columns, strict=True):
+    # Each of these waits for the device: two copies, where one a column would be four.
+    token_ids, values = drawn.token_ids.tolist(), torch.stack(drawn[1:]).tolist()
+    for sequence, token, logprob, log_kept, entropy in zip(sequences, token_ids, *values, strict=True):
         if token < 0:
             fail(sequence.group, "expected finite logits and an allowed token, got NaN, inf or none")
             continue

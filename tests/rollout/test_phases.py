@@ -64,6 +64,28 @@ def test_the_phases_of_training():
     assert around.keys() >= {"foveate.reward", "foveate.update", "foveate.sync"}
 
 
+def test_a_step_reads_what_was_drawn_in_two_copies(monkeypatch):
+    """On a GPU each is a wait for the device."""
+    engine = Engine(tiny_model("qwen2"), config=EngineConfig(kv_memory=1 << 22))
+    for request in requests():
+        engine.add_request(request)
+    engine.step()
+    decode, tolist, read = engine._runner.decode, torch.Tensor.tolist, []
+
+    def counted(tensor):
+        read.append(tensor.shape)
+        return tolist(tensor)
+
+    def decoded(sequences):
+        drawn = decode(sequences)
+        monkeypatch.setattr(torch.Tensor, "tolist", counted)
+        return drawn
+
+    monkeypatch.setattr(engine._runner, "decode", decoded)
+    engine.step()
+    assert read == [(3,), (3, 3)]
+
+
 def test_nothing_is_recorded_without_a_profiler():
     with profile(activities=[ProfilerActivity.CPU]):
         assert isinstance(phase("step"), record_function)

@@ -104,8 +104,13 @@ class Collector:
 
     def _score(self, group: RolloutGroup) -> RewardTable:
         """The group's rewards, with None for a rollout that has no tokens to learn from."""
-        found = self.reward(group)
         name, count = f"reward of request {group.request_id!r}", len(group.rollouts)
+        try:
+            found = self.reward(group)
+        except Exception as error:
+            if not getattr(error, "__notes__", None):  # a `WeightedReward` says which of its parts it was
+                error.add_note(f"raised by the {name}")
+            raise
         if not isinstance(found, (RewardTable, Iterable)):
             raise ValueError(f"expected a RewardTable or {count} totals, got {type(found).__name__} ({name})")
         table = found if isinstance(found, RewardTable) else RewardTable({}, list(found))

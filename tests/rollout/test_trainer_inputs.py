@@ -55,6 +55,15 @@ def test_what_is_no_reward(wrong, message):
         make(lambda group: wrong).train_step(prompts())
 
 
+def test_what_a_reward_raises_names_the_request():
+    def broken(group):
+        raise KeyError("answer")
+
+    with pytest.raises(KeyError) as caught:
+        make(broken).train_step(prompts())
+    assert caught.value.__notes__ == ["raised by the reward of request 'p0'"]
+
+
 def test_a_group_of_one_teaches_nothing():
     """It is its own baseline, and n is 1 unless it is given: every gradient would be 0, without a word."""
     with pytest.raises(ValueError, match=r"request 'p0': n >= 2, because 'grpo' compares .*, got 1 \(n\)"):

@@ -159,10 +159,20 @@ class TileDraw {
     }
 
     FOVEATE_FN static float peak_of(const LaneLogits& z) {
-        float peak = z[0];
+        float peaks[4] = {z[0], z[1], z[2], z[3]};
         FOVEATE_UNROLL
-        for (int k = 1; k < kLaneIds; ++k) peak = Max{}(z[k], peak);
-        return peak;
+        for (int k = 4; k < kLaneIds; ++k) peaks[k % 4] = larger_or_nan(z[k], peaks[k % 4]);
+        return larger_or_nan(larger_or_nan(peaks[0], peaks[1]), larger_or_nan(peaks[2], peaks[3]));
+    }
+
+    // Max in one instruction, in which 0 is more than -0.
+    FOVEATE_FN static float larger_or_nan(float a, float b) {
+#if defined(__CUDA_ARCH__)
+        asm("max.NaN.f32 %0, %1, %2;" : "=f"(a) : "f"(a), "f"(b));
+        return a;
+#else
+        return Max{}(a, b);
+#endif
     }
 
     // Bit k: whether logit k of the lane is of an allowed id.
@@ -213,15 +223,11 @@ class TileDraw {
             FOVEATE_UNROLL
             for (int i = 0; i < 4; ++i) {
                 const int k = 4 * run + i;
-                const float centred = z[k] - t.base, p = exp_float(centred);
+                const float centred = z[k] - t.base, p = exp_float(centred), most = most_of(p, words.at[i]);
                 total[i] += p;
                 moment[i] += centred_moment(centred, p);
-                const float complement = complement_of(words.at[i]);
-                candidates |= std::uint64_t{p > complement * bar} << k;
-                // p u / (1 - u) from below: what `complement` lacks is less than 2^-30.
-                const float most = complement + 0x1p-30f,
-                            bound = p * quotient(t.certain * (1.0f - most), most);
-                bar = bound > bar ? bound : bar;
+                candidates |= std::uint64_t{most > bar} << k;
+                bar = larger(fmaf(most, t.certain, -p), bar);  // p u / (1 - u) from below
             }
         }
         if (t.greedy) candidates = equals(z, t.peak);
@@ -249,7 +255,7 @@ class TileDraw {
             if (!t.greedy) {
                 const PhiloxWords words = words_of(t, lane, k / 4);
                 const std::uint32_t word = pick<4>(words.at, k % 4);
-                if (!(exp_float(logit - t.base) > complement_of(word) * bar)) continue;
+                if (!(most_of(exp_float(logit - t.base), word) > bar)) continue;
                 score = logit + gumbel(word);
             }
             const std::uint64_t offered = packed(score, t.first + place_in_tile(lane, k));
@@ -276,12 +282,24 @@ class TileDraw {
 #endif
     }
 
-    // a / b, of which two bits may be wrong: it only sets a bar.
-    FOVEATE_FN static float quotient(float a, float b) {
+    // p / (1 - u), of which three bits may be wrong: it only sets a bar.
+    FOVEATE_FN static float most_of(float p, std::uint32_t word) {
+        const float tail = tail_of(word);
 #if defined(__CUDA_ARCH__)
-        return __fdividef(a, b);
+        float reciprocal;
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(tail));
+        return p * reciprocal;
 #else
-        return a / b;
+        return p / tail;
+#endif
+    }
+
+    // b where a is NaN.
+    FOVEATE_FN static float larger(float a, float b) {
+#if defined(__CUDA_ARCH__)
+        return fmaxf(a, b);
+#else
+        return a > b ? a : b;
 #endif
     }
 

@@ -26,6 +26,11 @@ FOVEATE_FN float complement_of(std::uint32_t word) {
     return static_cast<float>(static_cast<std::int32_t>(~word >> 1)) * 0x1p-31f;
 }
 
+// 1 - u, off by 2^-23 of it at most.
+FOVEATE_FN float tail_of(std::uint32_t word) {
+    return fmaf(static_cast<float>(~word), 0x1p-32f, 0x1p-33f);
+}
+
 // By how much a bar lies below the best score. Scores are rounded at their own magnitude, which can exceed
 // that of the noise by far.
 FOVEATE_FN float slack_of(float peak) {

@@ -14,3 +14,9 @@ def test_every_thread_holds_the_logits_it_draws_from(tmp_path):
     program = build_sanitized(sources, tmp_path / "hopper", includes=[ROOT / "csrc"])
     result = run_sanitized(program)
     assert (result.returncode, result.stdout) == (0, "tiles agree\n"), result.stdout + result.stderr
+
+
+def test_no_id_that_wins_is_spared_its_noise(tmp_path):
+    program = build_sanitized([ROOT / "tests" / "native" / "race_check.cpp"], tmp_path / "race", includes=[ROOT / "csrc"])
+    result = run_sanitized(program)
+    assert (result.returncode, result.stdout) == (0, "tiles race\n"), result.stdout + result.stderr

@@ -10,7 +10,7 @@
 namespace foveate {
 
 // A product multiplies kTileRows rows with the ids of a tile, kDepth dimensions (128 bytes) at a time.
-constexpr int kTileRows = 64, kDepth = 64, kSixteens = kTileIds / 16, kMaxCluster = 4;
+constexpr int kTileRows = 64, kDepth = 64, kFours = kTileIds / 4, kMaxCluster = 4;
 
 // What a tensor map is made of. strides: in elements, of all dimensions but the first, which is 1.
 template <int kRank>
@@ -26,13 +26,18 @@ inline Boxes<2> hidden_boxes(const HiddenArguments& a) {
             {kDepth, kTileRows}};
 }
 
-// Id 16 j + 4 q + 2 f + e of a tile becomes its column 16 j + 8 f + 2 q + e: a thread of the matrix
-// instruction holds columns 2 q and 2 q + 1 of every eight, and so four neighbouring ids of sixteen. Each of
-// a cluster's thread blocks copies its part of the columns.
-inline Boxes<5> lm_head_boxes(const HiddenArguments& a, int cluster) {
-    return {{static_cast<std::uint64_t>(a.dim), 2, 4, 2, static_cast<std::uint64_t>(a.vocab / 16)},
-            {a.head_stride, 4 * a.head_stride, 2 * a.head_stride, 16 * a.head_stride},
-            {kDepth, 2, 4, 2, static_cast<std::uint32_t>(kSixteens / cluster)}};
+// Id 4 m + 2 f + e of a tile becomes its column 128 f + 2 m + e: a thread of the matrix instruction holds
+// columns 2 q and 2 q + 1 of every eight, and so four neighbouring ids of sixteen. A box has one f; each of a
+// cluster's thread blocks copies those of its part of the fours.
+inline Boxes<3> lm_head_boxes(const HiddenArguments& a, int cluster) {
+    return {{static_cast<std::uint64_t>(a.dim), 4, static_cast<std::uint64_t>(a.vocab / 4)},
+            {a.head_stride, 4 * a.head_stride},
+            {kDepth, 2, static_cast<std::uint32_t>(kFours / cluster)}};
+}
+
+// The first column of that box.
+FOVEATE_FN int column_of_fours(int m, int f) {
+    return kTileIds / 2 * f + 2 * m;
 }
 
 // A matrix in shared memory as the matrix instructions take it (PTX ISA, "Matrix Descriptor Format"): rows of
@@ -55,7 +60,7 @@ FOVEATE_FN int row_in_tile(int thread, int half) {
 
 // The accumulator of logit k of a lane (place_in_tile) in a half.
 FOVEATE_FN int accumulator_of(int k, int half) {
-    return k / 2 * 4 + 2 * half + k % 2;
+    return k % 4 / 2 * (kTileIds / 4) + k / 4 * 4 + 2 * half + k % 2;
 }
 
 // Thread blocks that share the tiles of the LM head. As few blocks of rows as possible are empty; of two such

@@ -82,7 +82,7 @@ __device__ __forceinline__ void copy_tiles(Shared& shared, const CUtensorMap& hi
                                            const CUtensorMap& lm_head, const Work& work, int cluster,
                                            int rank) {
     using namespace hopper;
-    const int part = kSixteens / work.cluster;  // of a tile, which this thread block copies
+    const int part = kFours / work.cluster;  // of a tile, which this thread block copies
     const auto everyone = static_cast<std::uint16_t>((1u << work.cluster) - 1);
     work.each(cluster, [&](int group, int tile, int n) {
         for (int step = 0; step < work.steps; ++step) {
@@ -94,8 +94,11 @@ __device__ __forceinline__ void copy_tiles(Shared& shared, const CUtensorMap& hi
             arrive_and_expect(full, sizeof(Stage));
             copy_box(shared_address(stage.hidden), hidden, full, step * kDepth,
                      (group * work.cluster + rank) * kTileRows);
-            copy_box_to(everyone, shared_address(stage.lm_head + rank * part * 16 * kDepth), lm_head, full,
-                        step * kDepth, tile * kSixteens + rank * part);
+            for (int f = 0; f < 2; ++f) {
+                copy_box_to(everyone,
+                            shared_address(stage.lm_head + column_of_fours(rank * part, f) * kDepth), lm_head,
+                            full, step * kDepth, 2 * f, tile * kFours + rank * part);
+            }
         }
     });
 }
@@ -196,10 +199,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     meet_cluster();
     if (warpgroup == 0) {
-        give_registers<40>();
+        give_registers<24>();
         if (threadIdx.x == 0) copy_tiles(shared, hidden, lm_head, work, cluster, rank);
     } else {
-        take_registers<232>();
+        take_registers<240>();
         draw_tiles<T, kMasked>(shared, a, work, cluster, rank, warpgroup - 1);
     }
     __syncwarp();
@@ -245,16 +248,16 @@ CUtensorMap map_of(DType dtype, const void* data, const Boxes<kRank>& boxes) {
 }
 
 void check_arguments(const HiddenArguments& a) {
-    const auto aligned = [](const void* data, std::int64_t stride) {
-        return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+    const auto aligned = [&](const void* data, std::int64_t stride) {
+        return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % 8 == 0 && stride >= a.dim;
     };
     if (a.dtype != DType::float16 && a.dtype != DType::bfloat16)
         throw bad_value("float16 or bfloat16", "float32", "hidden");
-    if (a.vocab % 16 != 0) throw bad_value("a multiple of 16 ids", std::to_string(a.vocab), "lm_head");
+    if (a.vocab % 4 != 0) throw bad_value("a multiple of 4 ids", std::to_string(a.vocab), "lm_head");
     if (!aligned(a.hidden, a.hidden_stride))
-        throw bad_value("rows that begin at multiples of 16 bytes", "others", "hidden");
+        throw bad_value("rows side by side that begin at multiples of 16 bytes", "others", "hidden");
     if (!aligned(a.lm_head, a.head_stride))
-        throw bad_value("rows that begin at multiples of 16 bytes", "others", "lm_head");
+        throw bad_value("rows side by side that begin at multiples of 16 bytes", "others", "lm_head");
     int device = 0, major = 0, minor = 0;
     check_call(cudaGetDevice(&device), "cudaGetDevice");
     check_call(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),

@@ -48,7 +48,8 @@ struct HiddenArguments {
 };
 
 void sample_from_hidden(const HiddenArguments& arguments, OnHost);
-// 16-bit elements on compute capability 9.0; vocab a multiple of 16, rows 16 bytes apart or a multiple of it.
+// 16-bit elements on compute capability 9.0; vocab a multiple of 4, rows a multiple of 16 bytes apart that
+// do not overlap.
 // Throws std::invalid_argument for others.
 void sample_from_hidden(const HiddenArguments& arguments, OnDevice device);
 

@@ -33,13 +33,14 @@ __device__ __forceinline__ void arrive(std::uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// At the barrier that lies at the same address in thread block `rank` of the cluster.
+// At the barrier that lies at the same address in thread block `rank` of the cluster. With `.release.cluster`
+// spelled out, ptxas puts a fence of the whole GPU before it.
 __device__ __forceinline__ void arrive_at(std::uint32_t barrier, std::uint32_t rank) {
     asm volatile(
         "{\n"
         ".reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
         "}" ::"r"(barrier),
         "r"(rank)
         : "memory");
@@ -77,14 +78,15 @@ __device__ __forceinline__ void copy_box(std::uint32_t target, const CUtensorMap
         : "memory");
 }
 
-// Likewise from five dimensions, of which the inner ones begin at 0, into each thread block of the cluster
-// whose bit is set in `ranks`, at the same address and with the barrier of each.
+// Likewise from three dimensions, into each thread block of the cluster whose bit is set in `ranks`, at the
+// same address and with the barrier of each.
 __device__ __forceinline__ void copy_box_to(std::uint16_t ranks, std::uint32_t target, const CUtensorMap& map,
-                                            std::uint32_t barrier, std::int32_t at0, std::int32_t at4) {
+                                            std::uint32_t barrier, std::int32_t at0, std::int32_t at1,
+                                            std::int32_t at2) {
     asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%4, %5, %5, %5, %6}], [%2], %3;" ::"r"(target),
-        "l"(&map), "r"(barrier), "h"(ranks), "r"(at0), "r"(0), "r"(at4)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(target),
+        "l"(&map), "r"(barrier), "h"(ranks), "r"(at0), "r"(at1), "r"(at2)
         : "memory");
 }
 

@@ -115,7 +115,7 @@ def sample_from_hidden(
     hidden: float [N, D]. lm_head: float [V, D]. bias: float [V] or None. The other arguments, the result and the
     errors are those of `sample`. backend: "triton" is one kernel that multiplies and draws and never writes logits,
     where no row asks for top-k, top-p or min-p; its bits depend on the row alone. So is "cuda", where it is asked for
-    by its name, on a GPU of compute capability 9.0, for matrices of one 16-bit type with V a multiple of 16 and rows
+    by its name, on a GPU of compute capability 9.0, for matrices of one 16-bit type with V a multiple of 4 and rows
     that begin at multiples of 16 bytes. Everywhere else the logits are a matrix product, whose rounding may depend on
     N, and go to `sample`.
     """
@@ -204,9 +204,12 @@ def _fits_hopper(hidden: torch.Tensor, lm_head: torch.Tensor) -> bool:
     if not hidden.is_cuda or "90a" not in _C.CUDA_ARCHS.split():
         return False
     is_half = hidden.dtype == lm_head.dtype and hidden.dtype in (torch.float16, torch.bfloat16)
-    is_aligned = all(m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.data_ptr() % 16 == 0 for m in (hidden, lm_head))
+    is_aligned = all(
+        m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.stride(0) >= m.shape[1] and m.data_ptr() % 16 == 0
+        for m in (hidden, lm_head)
+    )
     is_chip = torch.cuda.get_device_capability(hidden.device) == (9, 0)
-    return is_half and is_aligned and is_chip and len(lm_head) % 16 == 0 and hidden.shape[1] > 0
+    return is_half and is_aligned and is_chip and len(lm_head) % 4 == 0 and hidden.shape[1] > 0
 
 
 def _words(frame: torch.Tensor, banned: torch.Tensor | None, allowed: torch.Tensor | None) -> torch.Tensor | None:

@@ -106,11 +106,14 @@ bool tile_agrees(const Problem& problem, const Work& work, int group, int tile, 
         Memory shared(kStageBytes, 0xFF);
         const std::uint32_t lm_head = kTileRows * kDepth * 2;
         copy(shared, 0, problem.hidden.data(), hidden_boxes(problem.a), {step * kDepth, first_row});
-        const int part = kSixteens / work.cluster;
+        const int part = kFours / work.cluster;
         for (int from = 0; from < work.cluster; ++from) {
-            copy(shared, lm_head + static_cast<std::uint32_t>(from * part * 16 * kDepth * 2),
-                 problem.lm_head.data(), lm_head_boxes(problem.a, work.cluster),
-                 {step * kDepth, 0, 0, 0, static_cast<std::int64_t>(tile) * kSixteens + from * part});
+            for (int f = 0; f < 2; ++f) {
+                copy(shared,
+                     lm_head + static_cast<std::uint32_t>(column_of_fours(from * part, f) * kDepth * 2),
+                     problem.lm_head.data(), lm_head_boxes(problem.a, work.cluster),
+                     {step * kDepth, 2 * f, static_cast<std::int64_t>(tile) * kFours + from * part});
+            }
         }
         for (int sixteen = 0; sixteen < kDepth / 16; ++sixteen) {
             const std::uint64_t a = from_sixteen(matrix_at(0), sixteen),
@@ -200,7 +203,7 @@ int main() {
             }
         }
     }
-    for (const auto& [rows, vocab, dim] : {std::tuple{1, 16, 8}, {70, 272, 136}, {150, 528, 64}}) {
+    for (const auto& [rows, vocab, dim] : {std::tuple{1, 4, 8}, {70, 276, 136}, {150, 528, 64}}) {
         const Problem problem(rows, vocab, dim);
         for (const int cluster : {1, 2, 4}) {
             const Work work = work_of(problem.a, cluster, 3);

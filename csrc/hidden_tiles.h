@@ -71,22 +71,24 @@ inline int cluster_of(std::int64_t row_blocks) {
                                                                             : kMaxCluster;
 }
 
-// Which rows and tiles a cluster works on, in this order.
+// Which rows and tiles a cluster works on: of all pieces, in the order of tiles, every `clusters`-th. At any
+// time the clusters read a few neighbouring tiles of the LM head, and none has two pieces more than another.
 struct Work {
     std::int32_t cluster;   // thread blocks
     std::int32_t clusters;  // of the launch
     std::int32_t groups;    // of rows: `cluster` blocks of kTileRows each
     std::int32_t tiles;
-    std::int32_t steps;  // of kDepth dimensions
+    std::int32_t steps;                  // of kDepth dimensions
+    std::int32_t next_tile, next_group;  // from a cluster's piece to its next
 
     // f(group, tile, n) for the n-th piece of the cluster `index`.
     template <class F>
     FOVEATE_FN void each(int index, F f) const {
-        const int side_by_side = groups < clusters ? groups : clusters, stride = clusters / side_by_side;
-        int n = 0;
-        if (index / side_by_side >= stride) return;
-        for (int group = index % side_by_side; group < groups; group += side_by_side) {
-            for (int tile = index / side_by_side; tile < tiles; tile += stride) f(group, tile, n++);
+        int group = index % groups, tile = index / groups;
+        for (int n = 0; tile < tiles; ++n) {
+            f(group, tile, n);
+            tile += next_tile, group += next_group;
+            if (group >= groups) group -= groups, ++tile;
         }
     }
 };
@@ -96,9 +98,15 @@ inline Work work_of(const HiddenArguments& a, int cluster, int clusters) {
     const std::int64_t blocks = (a.rows + kTileRows - 1) / kTileRows,
                        groups = (blocks + cluster - 1) / cluster;
     const std::int64_t pieces = groups * a.tiles;
-    return {cluster, pieces < clusters ? static_cast<std::int32_t>(pieces) : clusters,
-            static_cast<std::int32_t>(groups), static_cast<std::int32_t>(a.tiles),
-            static_cast<std::int32_t>((a.dim + kDepth - 1) / kDepth)};
+    Work work{};
+    work.cluster = cluster;
+    work.clusters = pieces < clusters ? static_cast<std::int32_t>(pieces) : clusters;
+    work.groups = static_cast<std::int32_t>(groups);
+    work.tiles = static_cast<std::int32_t>(a.tiles);
+    work.steps = static_cast<std::int32_t>((a.dim + kDepth - 1) / kDepth);
+    work.next_tile = work.clusters / work.groups;
+    work.next_group = work.clusters % work.groups;
+    return work;
 }
 
 }  // namespace foveate

@@ -32,10 +32,18 @@ struct Stage {
     std::uint16_t lm_head[kTileIds * kDepth];
 };
 
+// The best score that a warpgroup has seen in a row of this group.
+struct Known {
+    std::int32_t group;
+    float score;
+};
+
+constexpr int kKnownGroups = 16;  // at a time
+
 struct alignas(1024) Shared {
     Stage stages[kStages];
     std::uint64_t full[kStages], empty[kStages], turns[kDrawers];
-    float best[kDrawers][kTileRows];
+    Known known[kDrawers][kKnownGroups][kTileRows];
 };
 
 constexpr int kSharedBytes = static_cast<int>(sizeof(Shared)) + 1024;  // with what aligns it
@@ -141,8 +149,7 @@ template <class T, bool kMasked>
 __device__ __forceinline__ void draw_tiles(Shared& shared, const HiddenArguments& a, const Work& work,
                                            int cluster, int rank, int drawer) {
     const TileDraw<kMasked> draw(a);
-    const int thread = threadIdx.x % kWarpgroup;
-    int known = -1;  // the group whose best scores are kept
+    const int thread = threadIdx.x % kWarpgroup, rows = static_cast<int>(a.rows);
     work.each(cluster, [&](int group, int tile, int n) {
         if (n % kDrawers != drawer) return;
         float d[128];
@@ -156,20 +163,18 @@ __device__ __forceinline__ void draw_tiles(Shared& shared, const HiddenArguments
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
             const int place = row_in_tile(thread, half);
-            const std::int64_t row =
-                (static_cast<std::int64_t>(group) * work.cluster + rank) * kTileRows + place;
-            float& best = shared.best[drawer][place];
-            const float before = group == known ? best : -kInfinity;
+            const int row = (group * work.cluster + rank) * kTileRows + place;
+            Known& known = shared.known[drawer][group % kKnownGroups][place];
+            const float before = known.group == group ? known.score : -kInfinity;
             __syncwarp();
             // Rows beyond the last are drawn like that, and not kept.
             DeviceQuad quad{z, thread % kQuad};
-            const float after = draw(quad, row < a.rows ? row : a.rows - 1, row < a.rows, tile, before);
-            quad.once([&] { best = after; });
+            const float after = draw(quad, row < rows ? row : rows - 1, row < rows, tile, before);
+            quad.once([&] { known = {group, after}; });
             __syncwarp();
 #pragma unroll
             for (int k = 0; k < kLaneIds; ++k) z[k] = below[k];
         }
-        known = group;
     });
 }
 
@@ -184,8 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using namespace hopper;
     extern __shared__ unsigned char dynamic[];
-    const std::uint32_t beyond = shared_address(dynamic) % 1024;
-    Shared& shared = *reinterpret_cast<Shared*>(dynamic + (beyond ? 1024 - beyond : 0));
+    Shared& shared = *reinterpret_cast<Shared*>(dynamic + (0u - shared_address(dynamic)) % 1024);
     const int warpgroup = threadIdx.x / kWarpgroup;
     const int rank = static_cast<int>(rank_in_cluster()), cluster = blockIdx.x / work.cluster;
     if (threadIdx.x == 0) {
@@ -197,6 +201,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         for (std::uint64_t& turn : shared.turns) start_barrier(shared_address(&turn), kWarpgroup / kWarp);
         publish_barriers();
     }
+    for (int i = threadIdx.x; i < kDrawers * kKnownGroups * kTileRows; i += kThreads)
+        shared.known[0][0][i].group = -1;
     meet_cluster();
     if (warpgroup == 0) {
         give_registers<24>();

@@ -99,13 +99,14 @@ class TileDraw {
         quad.each([&](int lane, LaneLogits& z) { return scale(lane, z, t.first, divisor); });
         const auto largest = [](int, const LaneLogits& z) { return peak_of(z); };
         const float peak = quad.combine(quad.each(largest), Max{});
-        Weighed all{};
         t.peak = peak;
         if (kMasked) {
             const float base = finite(peak);
-            const auto weighed =
-                quad.each([&](int lane, LaneLogits& z) { return close(z, open_ids(t, lane), base); });
-            all = quad.combine(weighed, Together{});
+            const auto shut = [&](int lane, LaneLogits& z) { return close(z, open_ids(t, lane), base); };
+            const Weighed all = quad.combine(quad.each(shut), Together{});
+            quad.once([&] {
+                if (keep) leave(row, tile, peak, all);
+            });
             t.peak = quad.combine(quad.each(largest), Max{});
         }
         t.base = finite(t.peak);
@@ -116,7 +117,7 @@ class TileDraw {
         const Drawn sums = quad.combine(drawn, Together{});
         const float score = sums.best ? score_in(sums.best) : -kInfinity;
         quad.once([&] {
-            if (keep) leave(row, tile, score, peak, t.peak, sums, all);
+            if (keep) leave(row, tile, t.peak, score, sums);
         });
         return score > best ? score : best;
     }
@@ -294,7 +295,6 @@ class TileDraw {
 #endif
     }
 
-    // b where a is NaN.
     FOVEATE_FN static float larger(float a, float b) {
 #if defined(__CUDA_ARCH__)
         return fmaxf(a, b);
@@ -303,21 +303,28 @@ class TileDraw {
 #endif
     }
 
-    FOVEATE_FN void leave(std::int64_t row, std::int64_t tile, float score, float peak, float allowed_peak,
-                          const Drawn& drawn, const Weighed& all) const {
-        const std::int64_t at = row * a_.tiles + tile, field = a_.rows * a_.tiles;
-        a_.best_ids[at] = drawn.best ? id_in(drawn.best) : 0;
-        float* out = a_.partials + at;
-        out[kScore * field] = score;
-        out[kLogit * field] = drawn.logit;
-        out[kPeak * field] = peak;
-        out[kTotal * field] = kMasked ? all.total : drawn.total;
-        out[kMoment * field] = kMasked ? all.moment : drawn.moment;
-        if (!kMasked) return;
-        out[kAllowedPeak * field] = allowed_peak;
-        out[kKept * field] = drawn.total;
-        out[kLost * field] = all.lost;
-        out[kLostPeak * field] = all.lost_peak;
+    // Of all ids, before the draw, so that no register holds it any longer.
+    FOVEATE_FN void leave(std::int64_t row, std::int64_t tile, float peak, const Weighed& all) const {
+        put(kPeak, row, tile, peak);
+        put(kTotal, row, tile, all.total);
+        put(kMoment, row, tile, all.moment);
+        put(kLost, row, tile, all.lost);
+        put(kLostPeak, row, tile, all.lost_peak);
+    }
+
+    // Of the allowed ids.
+    FOVEATE_FN void leave(std::int64_t row, std::int64_t tile, float peak, float score,
+                          const Drawn& drawn) const {
+        a_.best_ids[row * a_.tiles + tile] = drawn.best ? id_in(drawn.best) : 0;
+        put(kScore, row, tile, score);
+        put(kLogit, row, tile, drawn.logit);
+        put(kMasked ? kAllowedPeak : kPeak, row, tile, peak);
+        put(kMasked ? kKept : kTotal, row, tile, drawn.total);
+        if (!kMasked) put(kMoment, row, tile, drawn.moment);
+    }
+
+    FOVEATE_FN void put(TileField name, std::int64_t row, std::int64_t tile, float value) const {
+        a_.partials[(name * a_.rows + row) * a_.tiles + tile] = value;
     }
 
     HiddenArguments a_;

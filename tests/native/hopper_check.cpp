@@ -145,24 +145,30 @@ bool tile_agrees(const Problem& problem, const Work& work, int group, int tile, 
     return true;
 }
 
-// Every piece is done once, and those of a cluster are numbered in their order.
+// Every piece is done once, those of a cluster are numbered in their order and those of a group in it ascend,
+// and no cluster has two more than another.
 bool work_is_whole(const HiddenArguments& a, int clusters) {
     const Work work = work_of(a, cluster_of((a.rows + kTileRows - 1) / kTileRows), clusters);
     std::map<std::pair<int, int>, int> done;
     bool ordered = true;
+    const std::int64_t pieces = static_cast<std::int64_t>(work.groups) * work.tiles;
+    const std::int64_t share = (pieces + work.clusters - 1) / work.clusters;
     for (int index = 0; index < work.clusters; ++index) {
-        int next = 0, last_group = -1, last_tile = -1;
+        int next = 0;
+        std::map<int, int> last_tile;
         work.each(index, [&](int group, int tile, int n) {
             ++done[{group, tile}];
-            ordered = ordered && n == next++ && (group != last_group || tile > last_tile);
-            last_group = group, last_tile = tile;
+            const auto last = last_tile.try_emplace(group, -1).first;
+            ordered =
+                ordered && n == next++ && tile > last->second && group < work.groups && tile < work.tiles;
+            last->second = tile;
         });
+        ordered = ordered && (next == share || next == share - 1);
     }
     for (const auto& entry : done) ordered = ordered && entry.second == 1;
     const std::int64_t blocks = (a.rows + kTileRows - 1) / kTileRows;
     return ordered && static_cast<std::int64_t>(work.groups) * work.cluster >= blocks &&
-           work.clusters <= clusters &&
-           done.size() == static_cast<std::size_t>(work.groups) * static_cast<std::size_t>(work.tiles);
+           work.clusters <= clusters && done.size() == static_cast<std::size_t>(pieces);
 }
 
 // A draw for rows of one temperature; whether all tokens are allowed ids.
@@ -216,7 +222,7 @@ int main() {
             }
         }
     }
-    for (std::int64_t rows = 1; rows < 2000; rows += 37) {
+    for (std::int64_t rows = 1; rows < 20000; rows += rows < 2000 ? 37 : 1999) {
         for (const int tiles : {1, 2, 7, 594}) {
             HiddenArguments a{};
             a.rows = rows, a.tiles = tiles, a.dim = 64;

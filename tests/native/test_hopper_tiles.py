@@ -17,6 +17,7 @@ def test_every_thread_holds_the_logits_it_draws_from(tmp_path):
 
 
 def test_no_id_that_wins_is_spared_its_noise(tmp_path):
-    program = build_sanitized([ROOT / "tests" / "native" / "race_check.cpp"], tmp_path / "race", includes=[ROOT / "csrc"])
+    source = ROOT / "tests" / "native" / "race_check.cpp"
+    program = build_sanitized([source], tmp_path / "race", includes=[ROOT / "csrc"])
     result = run_sanitized(program)
     assert (result.returncode, result.stdout) == (0, "tiles race\n"), result.stdout + result.stderr

@@ -11,8 +11,11 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "common/check.h"
 #include "common/cuda_error.cuh"
@@ -275,12 +278,30 @@ void check_arguments(const HiddenArguments& a) {
                         std::to_string(major) + "." + std::to_string(minor), "hidden");
 }
 
+// Clusters of this size that the current GPU runs at once: asked for by the first call, which no capture of a
+// graph surrounds where calls are warmed up before.
+template <class Kernel>
+int clusters_at_once(Kernel kernel, cudaLaunchConfig_t config) {
+    static std::mutex mutex;
+    static std::map<std::tuple<Kernel, int, unsigned>, int> known;
+    int device = 0;
+    check_call(cudaGetDevice(&device), "cudaGetDevice");
+    const std::lock_guard<std::mutex> lock(mutex);
+    int& clusters = known[{kernel, device, config.gridDim.x}];
+    if (clusters > 0) return clusters;
+    check_call(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
+               "sample_from_hidden");
+    check_call(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "sample_from_hidden");
+    if (clusters == 0)
+        throw std::runtime_error("sample_from_hidden: expected room for a cluster of " +
+                                 std::to_string(config.gridDim.x) + " thread blocks, found none");
+    return clusters;
+}
+
 template <class T, bool kMasked>
 void launch(const HiddenArguments& a, std::uintptr_t stream) {
     const auto kernel = draw_kernel<T, kMasked>;
     const int cluster = cluster_of((a.rows + kTileRows - 1) / kTileRows);
-    check_call(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-               "sample_from_hidden");
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
@@ -291,9 +312,7 @@ void launch(const HiddenArguments& a, std::uintptr_t stream) {
     config.stream = reinterpret_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
     config.numAttrs = 1;
-    int clusters = 0;  // that run at once
-    check_call(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "sample_from_hidden");
-    const Work work = work_of(a, cluster, clusters);
+    const Work work = work_of(a, cluster, clusters_at_once(kernel, config));
     config.gridDim = dim3(static_cast<unsigned>(work.cluster * work.clusters));
     check_call(cudaLaunchKernelEx(&config, kernel, map_of(a.dtype, a.hidden, hidden_boxes(a)),
                                   map_of(a.dtype, a.lm_head, lm_head_boxes(a, cluster)), a, work),

@@ -106,9 +106,14 @@ __device__ __forceinline__ void copy_tiles(Shared& shared, const CUtensorMap& hi
             copy_box(shared_address(stage.hidden), hidden, full, step * kDepth,
                      (group * work.cluster + rank) * kTileRows);
             for (int f = 0; f < 2; ++f) {
-                copy_box_to(everyone,
-                            shared_address(stage.lm_head + column_of_fours(rank * part, f) * kDepth), lm_head,
-                            full, step * kDepth, 2 * f, tile * kFours + rank * part);
+                const std::uint32_t target =
+                    shared_address(stage.lm_head + column_of_fours(rank * part, f) * kDepth);
+                const int fours = tile * kFours + rank * part;
+                if (work.cluster == 1) {
+                    copy_box(target, lm_head, full, step * kDepth, 2 * f, fours);
+                } else {
+                    copy_box_to(everyone, target, lm_head, full, step * kDepth, 2 * f, fours);
+                }
             }
         }
     });

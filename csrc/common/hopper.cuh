@@ -78,8 +78,17 @@ __device__ __forceinline__ void copy_box(std::uint32_t target, const CUtensorMap
         : "memory");
 }
 
-// Likewise from three dimensions, into each thread block of the cluster whose bit is set in `ranks`, at the
-// same address and with the barrier of each.
+__device__ __forceinline__ void copy_box(std::uint32_t target, const CUtensorMap& map, std::uint32_t barrier,
+                                         std::int32_t at0, std::int32_t at1, std::int32_t at2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+        "[%1, {%3, %4, %5}], [%2];" ::"r"(target),
+        "l"(&map), "r"(barrier), "r"(at0), "r"(at1), "r"(at2)
+        : "memory");
+}
+
+// Likewise into each thread block of the cluster whose bit is set in `ranks`, at the same address and with
+// the barrier of each.
 __device__ __forceinline__ void copy_box_to(std::uint16_t ranks, std::uint32_t target, const CUtensorMap& map,
                                             std::uint32_t barrier, std::int32_t at0, std::int32_t at1,
                                             std::int32_t at2) {

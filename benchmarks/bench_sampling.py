@@ -251,8 +251,7 @@ def check_hidden(case: str, inputs: Inputs, results: Results, room: float) -> No
 
 
 def measurements(options: Options) -> Iterator[Measurement]:
-    # First what compiles few peers: a run that is cut short has rows of both.
-    yield from _from_hidden(options)
+    yield from _from_hidden(options)  # compiles few peers: a run that is cut short has rows of both
     yield from _from_logits(options)
 
 

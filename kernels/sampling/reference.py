@@ -1,4 +1,4 @@
-"""Sampling in plain torch: the definition of correct, and the CPU backend.
+"""Sampling in plain torch: the definition of correct, and the backend where nothing is compiled.
 
 Gumbel-max as an exponential race. Token i of the kept set scores z_i + g_i, g_i = -log(e_i), where e_i = -log(u_i)
 is an exponential variate made of its noise word. With r_i = 1 - u_i, which costs no logarithm,

@@ -8,8 +8,8 @@ draws, unfused, `gumbel_compile` the same compiled; `slabs` cuts to top-k slab b
 and never holds all logits. What is not installed is left out. Logits are normal with standard deviation 3.
 
 On a GPU the kernels are called by their operators, with parameters on the device: `sample` itself looks at seeds and
-steps, which waits for the GPU, and no graph could be captured. From hidden states `cuda` is Hopper's kernel, which
-other chips refuse, `product` the LM head's product in fp32 and `sample`.
+steps, which waits for the GPU, and no graph could be captured. From hidden states `cuda` is Hopper's kernel, on
+other chips `product`: the LM head's product in fp32 and `sample`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,7 @@ FILTERS: dict[str, dict[str, Any]] = {
     "banned": {},
 }
 FROM_HIDDEN, UNFUSED = ("plain", "top_k_top_p"), ("cpp", "reference")
-BANNED = [3, 17, 20]
-SLAB = 8192  # ids
+BANNED, SLAB = [3, 17, 20], 8192  # ids; how many
 
 
 def check_draw(
@@ -196,7 +195,8 @@ def from_hidden(backend: str, case: str, hidden, lm_head, seeds, steps, *columns
     if not hidden.is_cuda or backend == "reference":
         given = {"temperature": 1.0, **FILTERS[case], "seeds": seeds, "steps": steps}
         return sampling.sample_from_hidden(hidden, lm_head, **given, backend=backend)
-    if case == "plain" and backend != "product":
+    fused = backend == "triton" or (backend == "cuda" and sampling._fits_hopper(hidden, lm_head))
+    if case == "plain" and fused:
         drawn = operators.sample_from_hidden(hidden, lm_head, None, columns[0], seeds, steps, None, False, backend)
     else:
         drawn = operators.sample(sampling.logits_of(hidden, lm_head), seeds, steps, *columns, None, "cuda")

@@ -71,8 +71,12 @@ void maxmin(py::handle features_, py::handle offsets_, py::handle counts_, std::
     std::vector<LongSpan> own;
     std::int64_t most = 0;
     for (const auto& [number, tokens, kept] : long_spans) {
-        if (number < 0 || number >= spans.count || tokens < 0 || tokens > total) {
-            throw bad_value("spans of at most " + std::to_string(total) + " tokens", std::to_string(number),
+        if (number < 0 || number >= spans.count) {
+            throw bad_value("spans in [0, " + std::to_string(spans.count) + ")", std::to_string(number),
+                            "long_spans");
+        }
+        if (tokens < 0 || tokens > total) {
+            throw bad_value("spans of at most " + std::to_string(total) + " tokens", std::to_string(tokens),
                             "long_spans");
         }
         own.push_back({number, tokens, kept});

@@ -262,16 +262,19 @@ CUtensorMap map_of(DType dtype, const void* data, const Boxes<kRank>& boxes) {
 }
 
 void check_arguments(const HiddenArguments& a) {
-    const auto aligned = [&](const void* data, std::int64_t stride) {
-        return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % 8 == 0 && stride >= a.dim;
+    const auto check_rows = [&](const void* data, std::int64_t stride, const char* name) {
+        const std::uintptr_t beyond = reinterpret_cast<std::uintptr_t>(data) % 16;
+        if (beyond == 0 && stride % 8 == 0 && stride >= a.dim) return;
+        throw bad_value("rows side by side that begin at multiples of 16 bytes",
+                        "rows " + std::to_string(stride) + " elements apart, the first " +
+                            std::to_string(beyond) + " bytes beyond a multiple",
+                        name);
     };
     if (a.dtype != DType::float16 && a.dtype != DType::bfloat16)
         throw bad_value("float16 or bfloat16", "float32", "hidden");
     if (a.vocab % 4 != 0) throw bad_value("a multiple of 4 ids", std::to_string(a.vocab), "lm_head");
-    if (!aligned(a.hidden, a.hidden_stride))
-        throw bad_value("rows side by side that begin at multiples of 16 bytes", "others", "hidden");
-    if (!aligned(a.lm_head, a.head_stride))
-        throw bad_value("rows side by side that begin at multiples of 16 bytes", "others", "lm_head");
+    check_rows(a.hidden, a.hidden_stride, "hidden");
+    check_rows(a.lm_head, a.head_stride, "lm_head");
     int device = 0, major = 0, minor = 0;
     check_call(cudaGetDevice(&device), "cudaGetDevice");
     check_call(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),

@@ -20,7 +20,7 @@ def is_observed(*tensors: torch.Tensor) -> bool:
     Where nothing does, and no gradient is wanted, an operator's implementation can be called by itself, which costs a
     third. Elsewhere such a call would be left out of the trace, its result being memory that nothing has written.
     """
-    return _profiler_enabled() or is_traced(*tensors)
+    return is_traced(*tensors) or _profiler_enabled()  # which torch.compile cannot look into
 
 
 def is_traced(*tensors: torch.Tensor) -> bool:

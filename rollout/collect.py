@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -84,9 +84,11 @@ class Collector:
     ) -> tuple[list[RolloutGroup], list[RewardTable | None]]:
         """This rank's share. first: place of the first request among those of the step."""
         for index, request in enumerate(requests):
-            check_prompt(request, f"prompts[{index}]", self.config)
-        if parallel.size() > 1:
+            require(isinstance(request, Request), "a Request", request, f"prompts[{index}]")
+        if parallel.size() > 1:  # before what could stop one rank alone, and leave the others waiting
             parallel.check_same(requests=resumption.prompt_fingerprint(requests))
+        for index, request in enumerate(requests):
+            check_prompt(request, f"prompts[{index}]", self.config)
         requests = parallel.share(self._shared_out(self._seeded(requests, step, first), step, first))
         places = {id(request): index for index, request in enumerate(requests)}
         groups: dict[int, RolloutGroup] = {}
@@ -107,16 +109,17 @@ class Collector:
         name, count = f"reward of request {group.request_id!r}", len(group.rollouts)
         try:
             found = self.reward(group)
+            if not isinstance(found, RewardTable) and _is_ordered(found):
+                found = RewardTable({}, list(found))
         except Exception as error:
             if not getattr(error, "__notes__", None):  # a `WeightedReward` says which of its parts it was
                 error.add_note(f"raised by the {name}")
             raise
-        if not isinstance(found, (RewardTable, Iterable)):
+        if not isinstance(found, RewardTable):
             raise ValueError(f"expected a RewardTable or {count} totals, got {type(found).__name__} ({name})")
-        table = found if isinstance(found, RewardTable) else RewardTable({}, list(found))
-        require(len(table.totals) == count, f"{count} totals", len(table.totals), name)
-        parts = {part: numbers(values, f"{name}, {part}") for part, values in table.parts.items()}
-        table = RewardTable(parts, numbers(table.totals, name))
+        require(len(found.totals) == count, f"{count} totals", len(found.totals), name)
+        parts = {part: numbers(values, f"{name}, {part}") for part, values in found.parts.items()}
+        table = RewardTable(parts, numbers(found.totals, name))
         for part, values in {**table.parts, "total": table.totals}.items():
             for index, value in enumerate(values):
                 finite = value is None or math.isfinite(value)
@@ -160,6 +163,11 @@ class Collector:
             request if draw < limit else replace(request, prune=None)
             for request, draw in zip(requests, draws, strict=True)
         ]
+
+
+def _is_ordered(values: object) -> bool:
+    """Whether values come one by one, in an order that means something: a mapping's and a set's do not."""
+    return isinstance(values, Iterable) and not isinstance(values, (Mapping, Set)) and getattr(values, "ndim", 1) > 0
 
 
 def check_prompt(request: Request, name: str, config: GRPOConfig) -> None:

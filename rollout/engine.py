@@ -50,6 +50,10 @@ def _listed(requests: Iterable[Request]) -> list[Request]:
     return list(requests)
 
 
+def _check_config(config: EngineConfig | None) -> None:
+    require(config is None or isinstance(config, EngineConfig), "an EngineConfig or None", config, "config")
+
+
 class Engine(Reports, Scoring, Updates):
     """Completes each request n times over one copy of its prompt, with exact log-probs.
 
@@ -62,7 +66,7 @@ class Engine(Reports, Scoring, Updates):
     """
 
     def __init__(self, model: nn.Module, processor: Any = None, config: EngineConfig | None = None):
-        require(config is None or isinstance(config, EngineConfig), "an EngineConfig or None", config, "config")
+        _check_config(config)
         self.config = config or EngineConfig()
         self.model = model
         self.spec = models.describe(model)
@@ -102,6 +106,7 @@ class Engine(Reports, Scoring, Updates):
         """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+        _check_config(config)
         model_kwargs = {"trust_remote_code": False, **model_kwargs}  # None would ask on stdin
         trust = model_kwargs["trust_remote_code"]
         has_vision = hasattr(AutoConfig.from_pretrained(path, trust_remote_code=trust), "vision_config")
@@ -195,7 +200,7 @@ class Engine(Reports, Scoring, Updates):
         self._desk.abort(request_id)
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("expected no copy of an Engine, which reads one model in place: make another on a copy of it")
+        raise TypeError("expected a copy of the model to make another Engine on, got an Engine to copy (engine)")
 
     interrupt, resume, sleep, wake = map(_promised, ("interrupt", "resume", "sleep", "wake"))
 

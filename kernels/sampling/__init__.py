@@ -125,7 +125,8 @@ def sample_from_hidden(
     if bias is not None:
         require(bias.shape == lm_head.shape[:1], f"float [{lm_head.shape[0]}]", _kind(bias), "bias")
     chosen = choose("sampling", backend, hidden.device, hidden.dtype)
-    if chosen == "triton" or (is_named("sampling", backend) and _fits_hopper(hidden, lm_head)):
+    is_asked_for = chosen == "cuda" and is_named("sampling", backend)
+    if chosen == "triton" or (is_asked_for and _fits_hopper(hidden, lm_head)):
         frame = torch.empty((), device=hidden.device).expand(len(hidden), len(lm_head))
         parameters = _parameters(frame, temperature, top_k, top_p, min_p, banned, allowed)
         if not parameters.filtered:

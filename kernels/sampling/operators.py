@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from foveate import _C
-from foveate.kernels.dispatch import stream_of
+from foveate.kernels.dispatch import require, stream_of
 from foveate.kernels.library import operator
 
 _PARAMETERS = "Tensor temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor? allowed, str backend"
@@ -39,6 +39,7 @@ def _sample_from_hidden(hidden, lm_head, bias, temperature, seeds, steps, allowe
 
         triton_kernel.sample_from_hidden(*given, ids, values, tempered)
         return ids, values
+    require(backend in ("cpp", "cuda"), "'cpp', 'cuda' or 'triton'", backend, "backend")
     tiles = -(-len(lm_head) // _C.TILE_IDS)
     num_fields = _C.TILE_FIELDS if allowed is None else _C.MASKED_TILE_FIELDS
     partials = hidden.new_empty((num_fields, len(hidden), tiles), dtype=torch.float32)

@@ -196,9 +196,10 @@ def _pruning(words: list[str]) -> PruneConfig | None:
     for word in words[1:]:
         name, _, value = word.partition("=")
         require(name in OPTIONS | {"keep"}, f"one of keep, {', '.join(sorted(OPTIONS))} as NAME=VALUE", word, "prune")
+        require(name not in given, f"{name} once", word, "prune")
         try:
             given[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise ValueError(f"expected a number, or several in brackets, got {word!r} (prune)") from error
     return PruneConfig(words[0], **given)
 

@@ -272,6 +272,8 @@ def test_compiles_without_a_graph_break():
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     for got, want in zip(torch.autograd.grad(compiled(x, weight), (x, weight)), expected, strict=True):
         torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, weight), loss(x, weight))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # torch.jit.trace

@@ -202,3 +202,19 @@ def test_a_stage_is_released_without_a_fence_of_the_gpu(nvcc, tmp_path):
     code = dump("-sass", binary)
     assert "SYNCS.ARRIVE" in code
     assert "MEMBAR" not in code
+
+
+@pytest.mark.parametrize("asked", ["reference", "cpp", "layers=cuda", None])
+def test_nothing_else_runs_on_it(asked, monkeypatch):
+    """Where the matrices would fit, too: what is asked for by another name, or not at all, is drawn from logits."""
+    hidden, lm_head = exact(3, 16, 64, torch.float32)
+    given = {"temperature": 1.0, **noise(3)}
+    expected = sampling.sample(hidden @ lm_head.T, backend="reference", **given)
+    monkeypatch.setattr(sampling, "_fits_hopper", lambda *_: True)
+    monkeypatch.setattr(operators, "sample_from_hidden", None)
+    drawn = sampling.sample_from_hidden(hidden, lm_head, backend=asked, **given)
+    assert torch.equal(drawn.token_ids, expected.token_ids)
+    with pytest.raises(ValueError, match=r"expected 'cpp', 'cuda' or 'triton', got 'reference' \(backend\)"):
+        torch.ops.foveate.sample_from_hidden(
+            hidden, lm_head, None, torch.ones(3), *noise(3).values(), None, True, "reference"
+        )

@@ -115,6 +115,8 @@ def test_pruning_by_words_and_by_file(config, words, text, prune, tmp_path):
         ("", "expected a method, got [] (prune)"),
         ("vscan", "expected one of random, strided, visionzip"),
         ("fastv keep", "expected a number, or several in brackets, got 'keep' (prune)"),
+        ("random keep={[]:1}", "expected a number, or several in brackets, got 'keep={[]:1}' (prune)"),
+        ("random keep=0.5 keep=0.25", "expected keep once, got 'keep=0.25' (prune)"),
         ("fastv keep=x", "expected a number, or several in brackets, got 'keep=x' (prune)"),
         ("fastv kep=1", "expected one of keep, dominant, layer, layers, ratios, seed as NAME=VALUE, got 'kep=1'"),
         ("fastv keep=2", "expected 0 < keep <= 1, got 2 (keep)"),

@@ -283,6 +283,8 @@ def test_from_pretrained(make_engine, processor, tmp_path, chat, picture):
             processor.image_processor.save_pretrained(path)
         engine = make_engine(model)
         loaded = Engine.from_pretrained(path, dataclasses.replace(engine.config))
+        with pytest.raises(ValueError, match=r"expected an EngineConfig or None, got \{'page_size': 4\} \(config\)"):
+            Engine.from_pretrained(path, {"page_size": 4})
         requests = [chat("Loaded?", images, n=2, max_tokens=6, seed=1)]
         assert_same(loaded.generate(requests, strict=True)[0], engine.generate(requests, strict=True)[0])
         assert loaded._intake.eos_ids == {special_id("<|im_end|>")}

@@ -46,6 +46,10 @@ def test_a_reward_may_be_one_number_a_rollout(kind):
     [
         (None, "a RewardTable or 3 totals, got NoneType"),
         (1.0, "a RewardTable or 3 totals, got float"),
+        (torch.tensor(1.0), "a RewardTable or 3 totals, got Tensor"),
+        (np.array(1.0), "a RewardTable or 3 totals, got ndarray"),
+        ({0: 0.1, 1: 0.2, 2: 0.9}, "a RewardTable or 3 totals, got dict"),
+        ({1.0, 0.5, 0.0}, "a RewardTable or 3 totals, got set"),
         ([1.0], "3 totals, got 1"),
         ("abc", "a number or None, got 'a'"),
     ],
@@ -61,6 +65,9 @@ def test_what_a_reward_raises_names_the_request():
 
     with pytest.raises(KeyError) as caught:
         make(broken).train_step(prompts())
+    assert caught.value.__notes__ == ["raised by the reward of request 'p0'"]
+    with pytest.raises(ZeroDivisionError) as caught:
+        make(lambda group: (1 / 0 for _ in group.rollouts)).train_step(prompts())
     assert caught.value.__notes__ == ["raised by the reward of request 'p0'"]
 
 

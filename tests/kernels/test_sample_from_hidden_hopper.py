@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from functools import partial
 
 import numpy as np
@@ -11,8 +10,6 @@ import torch
 
 from foveate.kernels import sampling
 from foveate.kernels.sampling import masks, operators, philox, reference
-from foveate.testing.cuda_compile import CSRC, compile_source, find_nvcc
-from foveate.testing.resources import dump
 
 HAS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not HAS_HOPPER, reason="no GPU of compute capability 9.0")]
@@ -174,34 +171,6 @@ def test_a_graph_draws_anew(backend):
         columns[2].add_(1)
         graph.replay()
         assert torch.equal(ids, draw()[0])
-
-
-@pytest.fixture
-def nvcc() -> str:
-    try:
-        return find_nvcc()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-def test_the_matrix_instructions_are_not_torn_apart(nvcc):
-    """Four products a step and kernel: the compiler copies them where it finds that they must wait for one another."""
-    rows = compile_source(CSRC / "sample_from_hidden.cu", ["90a"])
-    drawing = [row for row in rows if "draw_kernel" in row.kernel]
-    assert len(drawing) == 4
-    assert [row.wgmma for row in drawing] == [4] * 4
-    assert [row.stack for row in drawing] == [0] * 4
-
-
-def test_a_stage_is_released_without_a_fence_of_the_gpu(nvcc, tmp_path):
-    """Every warp arrives at another thread block's barrier once a step; a fence there would stall the products."""
-    source, binary = tmp_path / "arrive.cu", tmp_path / "arrive.cubin"
-    body = "foveate::hopper::arrive_at(barrier, 1);"
-    source.write_text(f'#include "common/hopper.cuh"\n__global__ void arrive(unsigned barrier) {{ {body} }}\n')
-    subprocess.run([nvcc, "-cubin", "-arch=sm_90a", f"-I{CSRC}", "-o", str(binary), str(source)], check=True)
-    code = dump("-sass", binary)
-    assert "SYNCS.ARRIVE" in code
-    assert "MEMBAR" not in code
 
 
 @pytest.mark.parametrize("asked", ["reference", "cpp", "layers=cuda", None])
